@@ -1,0 +1,141 @@
+"""The one thread per database: wait for lines, take a payload's worth, deliver, drain at the end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from celery_influx.buffer import Buffer
+from celery_influx.counters import DROPPED
+from celery_influx.delivery import Delivery
+from celery_influx.report import Report
+
+logger = logging.getLogger(__name__)
+
+
+class Batcher:
+    """Empties ``buffer`` into ``delivery``.
+
+    Woken by count or bytes (the writer calls ``wake``), or by time (``flush_interval``), it
+    sends until nothing waits: a burst is not held back for the next interval.
+
+    Args:
+        name: The database's name, for the thread and the log.
+        buffer: Where the lines wait.
+        delivery: Where they go.
+        counters: This process's row for the database.
+        report: Where failures are said.
+        batch_size: Most lines in one payload.
+        flush_interval: Longest time a line waits, in seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        buffer: Buffer,
+        delivery: Delivery,
+        counters: memoryview,
+        report: Report,
+        *,
+        batch_size: int,
+        flush_interval: float,
+    ) -> None:
+        self._name = name
+        self._buffer = buffer
+        self._delivery = delivery
+        self._counters = counters
+        self._report = report
+        self._batch_size = batch_size
+        self._flush_interval = flush_interval
+        self._wanted = threading.Event()
+        self._progress = threading.Condition()
+        self._settled = 0  # lines taken from the buffer whose fate is known
+        self._failed = 0  # of these, the ones that did not go out
+        self._deadline: float | None = None  # set by close: when to stop, however much waits
+        self._thread = threading.Thread(
+            target=self._run, name=f"celery_influx {name}", daemon=True
+        )
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Send what waits, now. Cheap to call again."""
+        if not self._wanted.is_set():
+            self._wanted.set()
+
+    def flush(self, timeout: float) -> bool:
+        """Send all that waits now; whether all of it went out within ``timeout`` seconds."""
+        buffer = self._buffer
+        deadline = time.monotonic() + timeout
+        target = buffer.put_lines
+        failures = buffer.dropped + self._failed
+        self.wake()
+        with self._progress:
+            while self._settled + buffer.dropped < target:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._thread.is_alive():
+                    return False
+                self._progress.wait(left)
+            return buffer.dropped + self._failed == failures
+
+    def finish(self, deadline: float) -> None:
+        """Ask the thread to send what waits until ``deadline`` (``time.monotonic``), and to end."""
+        if self._deadline is None:
+            self._deadline = deadline
+        self._wanted.set()
+
+    def close(self, timeout: float) -> bool:
+        """Send all that waits and end the thread; whether all went out in ``timeout`` seconds.
+
+        What is still waiting then is dropped, counted and logged.
+        """
+        self.finish(time.monotonic() + timeout)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            # It hangs in an attempt; being a daemon it does not hold the process up.
+            logger.warning("%s: an attempt to send did not end within %s s", self._name, timeout)
+        elif len(self._buffer):
+            # Lines that came after the thread's last look.
+            self._drain()
+        dropped = self._buffer.clear()
+        self._counters[DROPPED] += dropped
+        if dropped:
+            logger.warning(
+                "%s: %d lines could not be sent within %s s at the end, and were dropped",
+                self._name,
+                dropped,
+                timeout,
+            )
+        if not self._thread.is_alive():
+            self._delivery.close()
+        return not dropped and not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while self._deadline is None:
+            self._wanted.wait(self._flush_interval)
+            self._wanted.clear()
+            self._drain()
+
+    def _drain(self) -> None:
+        """Send until nothing waits, or until the deadline of ``close``."""
+        more = True
+        while more and (self._deadline is None or time.monotonic() < self._deadline):
+            lines: list[bytes] = []
+            too_long = sent = 0
+            try:
+                lines, too_long = self._buffer.take(self._batch_size, self._delivery.max_bytes)
+                more = bool(lines or too_long)
+                if too_long:
+                    self._delivery.reject(too_long)
+                if lines and self._delivery.deliver(lines):
+                    sent = len(lines)
+            except Exception:  # noqa: BLE001 - a thread that dies takes every later point along
+                self._delivery.give_up(len(lines))
+                self._report.warn(
+                    "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True
+                )
+                more = bool(lines)
+            with self._progress:
+                self._settled += len(lines) + too_long
+                self._failed += len(lines) + too_long - sent
+                self._progress.notify_all()

@@ -1,0 +1,112 @@
+"""The worker's step: it starts and stops what ``plugin`` does, and tells what it is."""
+
+from __future__ import annotations
+
+import encodings.idna  # noqa: F401 - see `__init__`
+import logging
+import threading
+from typing import Any
+
+from celery import bootsteps, signals
+
+from celery_influx import tasks
+from celery_influx.database import Database
+from celery_influx.errors import SendError
+from celery_influx.plugin import Influx, find
+from celery_influx.transports import http
+from celery_influx.transports.udp import UDPPool
+
+logger = logging.getLogger(__name__)
+
+
+class InfluxStep(bootsteps.StartStopStep):
+    """Attaches the plugin to a worker."""
+
+    label = "Influx"
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        """Check the configuration and make what children inherit: no child exists yet.
+
+        Raises:
+            ConfigError: The configuration has mistakes; the worker does not start.
+        """
+        super().__init__(parent, **kwargs)
+        self.influx: Influx = parent.app.influx
+        self.influx.start_worker(parent.hostname, parent.pool_cls.__module__.rpartition(".")[2])
+        tasks.register(parent.app, self.influx)
+        if any(database.options.http_port for database in self.influx):
+            # Threads need it later, and so does the first look-up of a host name need
+            # encodings.idna: a fork in the middle of their import would leave the child with a
+            # module that is locked for ever.
+            http.load()
+
+    def start(self, parent: Any) -> None:
+        """Start the threads, and say so."""
+        if not self.influx.options.enabled:
+            logger.info("celery_influx is switched off (influx_enabled)")
+            return
+        self.influx.start()
+        what = "task runs, " if self.influx.options.task_points else ""
+        for database in self.influx:
+            logger.info(
+                "celery_influx: %s → %s (%stimed, send_data)",
+                database.name,
+                database.address,
+                what,
+            )
+            probe = threading.Thread(
+                target=_probe, args=(database,), name="celery_influx probe", daemon=True
+            )
+            probe.start()
+
+    def stop(self, parent: Any) -> None:
+        """Nothing: tasks still run. ``worker_shutdown`` comes when the last one has ended."""
+
+    def terminate(self, parent: Any) -> None:
+        """A cold shutdown: the children are gone, and ``worker_shutdown`` does not come."""
+        self.influx.close()
+
+    def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override]
+        """For ``celery inspect stats``."""
+        return {"influx": self.influx.stats()}
+
+
+@signals.worker_shutdown.connect(weak=False, dispatch_uid="celery_influx.shutdown")
+def _on_worker_shutdown(sender: Any = None, **_: Any) -> None:
+    influx = find(getattr(sender, "app", None))
+    if influx:
+        influx.close()
+
+
+def _probe(database: Database) -> None:
+    """Warn once where nothing answers: UDP tells its sender nothing, and is off by default."""
+    options = database.options
+    try:
+        if options.transport == "udp":
+            pool = UDPPool(options)
+            try:
+                pool.probe()
+            finally:
+                pool.close()
+    except SendError as error:
+        logger.warning(
+            "celery_influx: %s: %s See docs/how-to/enable-udp.md. Points are sent all the same, "
+            "and lost until somebody listens.",
+            database.name,
+            error,
+        )
+        return
+    if not options.http_port:
+        return
+    try:
+        database.ping()
+    except SendError as error:
+        logger.warning(
+            "celery_influx: %s: no answer to a ping (%s)%s",
+            database.name,
+            error,
+            "; UDP gives no sign either, so points may go nowhere. If this server has no HTTP "
+            "API, say so by 'http_port': 0"
+            if options.transport == "udp"
+            else "; points are lost until it answers",
+        )

@@ -1,0 +1,382 @@
+"""One InfluxDB database, as users hold it: send_data, flush, ping, query, post, stats, close."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from celery_influx.batcher import Batcher
+from celery_influx.buffer import Buffer
+from celery_influx.counters import DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
+from celery_influx.delivery import Delivery
+from celery_influx.errors import FieldError, InfluxError, PointError
+from celery_influx.line_protocol import Encoder, decode
+from celery_influx.options import DatabaseOptions
+from celery_influx.point import Point, Precision
+from celery_influx.report import Report
+from celery_influx.stamps import Stamps
+from celery_influx.transports import Transport, open_transport
+
+if TYPE_CHECKING:
+    from celery_influx.queries import QueryResult
+    from celery_influx.transports.http import HTTPClient, Ping
+
+logger = logging.getLogger(__name__)
+
+#: Iterable, and yet each is one point or a mistake.
+_NOT_MANY = (Mapping, Point, str, bytes)
+_KEYS = ("measurement", "fields", "tags", "time")
+#: influxdb-client's words for the unit of a point's time, in nanoseconds.
+_UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+
+
+class Database:
+    """Sends points to one database, and asks it questions.
+
+    It starts nothing until the first point. In every process it begins anew: a forked child has
+    a buffer, a thread and sockets of its own, or, in a worker's pool child, none of these and
+    a way to the worker instead.
+
+    Args:
+        options: Where it is, and the limits.
+        strict: Raise what is wrong with a point, instead of counting and logging it.
+        enabled: False: ``send_data`` does nothing.
+        settle: Called at the first use in each process; it must call ``begin``. Default: write
+            into a buffer of its own, with ``tags`` on each point.
+        upstream: Called by ``flush`` with the seconds left; it waits for lines that others hand
+            to this process, and says whether they all came.
+        tags: Tags of every point, where ``settle`` is not given.
+    """
+
+    def __init__(
+        self,
+        options: DatabaseOptions,
+        *,
+        strict: bool = False,
+        enabled: bool = True,
+        settle: Callable[[], None] | None = None,
+        upstream: Callable[[float], bool] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options = options
+        self._strict = strict
+        self._enabled = enabled
+        self._settle = settle or self._begin_alone
+        self._upstream = upstream
+        self._tags = tags or {}
+        self._retired: list[object] = []
+        self._transport: Transport | None = None
+        self._http: HTTPClient | None = None
+        self._batcher: Batcher | None
+        self._encode: Callable[[Point], bytes]
+        self._forget()
+
+    @property
+    def name(self) -> str:
+        """The entry's name in ``influx_databases``."""
+        return self.options.name
+
+    # -- points ----------------------------------------------------------------------------------
+
+    def send_data(self, point: object) -> None:
+        """Queue ``point`` for the next batch. Returns at once; never waits for the network.
+
+        Args:
+            point: A ``Point``; a mapping with ``measurement``, ``fields`` and, where wanted,
+                ``tags`` and ``time`` (integer ns, or a datetime); an object with
+                ``to_line_protocol()``; or an iterable of these. A point without a timestamp
+                gets the present time, in nanoseconds and unlike any other of this process.
+
+        Raises:
+            PointError: Only with ``influx_strict``: the point cannot be stored as given.
+                Otherwise it is counted as ``rejected`` and logged, once a minute.
+
+        When the buffer is full the oldest line is dropped, and counted as ``dropped``.
+        """
+        if not self._enabled:
+            return
+        if type(point) is not Point:
+            if isinstance(point, Iterable) and not isinstance(point, _NOT_MANY):
+                for each in point:
+                    self.send_data(each)
+                return
+            try:
+                point = _as_point(point)
+            except PointError as error:
+                self._reject(error)
+                return
+        try:
+            line = self._encode(point)
+        except PointError as error:
+            self._reject(error)
+            return
+        self._counters[POINTS] += 1
+        self._put(line)
+
+    def send_lines(self, lines: list[bytes]) -> None:
+        """Queue encoded lines that others have counted: the relay's, from pool children."""
+        self._settled()._queue(lines)
+
+    def _reject(self, error: PointError) -> None:
+        self._settled()
+        self._counters[POINTS] += 1
+        self._counters[REJECTED] += 1
+        if self._strict:
+            raise error
+        self._report.warn("point", "%s: rejected a point: %s", self.name, error)
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Send what waits now; whether all of it went out within ``timeout`` seconds.
+
+        UDP does not say whether anything arrived: True means handed to the network. In a pool
+        child it means that all this process accepted has been handed to the worker.
+        """
+        self._settled()
+        deadline = time.monotonic() + timeout
+        arrived = self._upstream(timeout) if self._upstream else True
+        if self._batcher is None:
+            return arrived
+        return self._batcher.flush(max(0.0, deadline - time.monotonic())) and arrived
+
+    def finish(self, deadline: float) -> None:
+        """Begin to close: send what waits until ``deadline`` (``time.monotonic``). Returns at once."""
+        if self._batcher:
+            self._batcher.finish(deadline)
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Send what waits and give everything back; whether all went out in ``timeout`` seconds.
+
+        What could not be sent is dropped, counted and logged. A point sent afterwards opens it
+        again.
+        """
+        with self._starting:
+            batcher, self._batcher = self._batcher, None
+        if self._http:
+            self._http.close()
+        return batcher.close(timeout) if batcher else True
+
+    def stats(self) -> dict[str, int]:
+        """What became of every point: counter to count, as ``counters.COUNTERS`` explains.
+
+        In a worker and its pool children: of all of the worker's processes together.
+        """
+        return self._settled()._account()
+
+    def count(self, counter: int) -> None:
+        """Count one in this process's row; ``counter`` is one of ``counters``' numbers."""
+        self._settled()._counters[counter] += 1
+
+    @property
+    def address(self) -> str:
+        """Where points go, as a URL without secrets."""
+        return self._transport.address if self._transport else open_transport(self.options).address
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def ping(self, timeout: float | None = None) -> Ping:
+        """Ask the server over HTTP whether it is up; its version, and the round trip in seconds.
+
+        Raises:
+            SendError: It is not, and why.
+        """
+        return self._client().ping(timeout)
+
+    def query(self, statement: str, **options: Any) -> QueryResult:
+        """Run one or more reading statements; see ``HTTPClient.query`` for the options.
+
+        Raises:
+            QueryError: The statement writes, or the server refused it.
+            SendError: The server did not answer.
+        """
+        return self._client().query(statement, **options)
+
+    def post(self, statement: str, **options: Any) -> QueryResult:
+        """Run any statement, also one that changes or deletes data; see ``HTTPClient.post``.
+
+        Raises:
+            QueryError: The server refused it.
+            SendError: The server did not answer.
+        """
+        return self._client().post(statement, **options)
+
+    def _client(self) -> HTTPClient:
+        if self._http is None:
+            if not self.options.http_port:
+                raise InfluxError(
+                    f"{self.name}: no HTTP API, since 'http_port' is 0; expected a port, 8086 for "
+                    "instance; ping, query and post need it"
+                )
+            from celery_influx.transports.http import HTTPClient
+
+            self._http = HTTPClient(self.options)
+        return self._http
+
+    # -- this process ----------------------------------------------------------------------------
+
+    def begin(
+        self,
+        counters: memoryview,
+        account: Callable[[], dict[str, int]],
+        stamps: Stamps,
+        tags: Mapping[str, Any],
+        relay: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """Set out in this process: count in ``counters``, and queue here or write to ``relay``."""
+        self._counters = counters
+        self._account = account
+        self._encode = Encoder(
+            tags=tags,
+            precision=Precision(self.options.precision),
+            clock=stamps,
+            on_left_out=self._count_left_out,
+        ).encode
+        if relay is not None:
+            self._relay = relay
+            self._put = self._put_relay
+        else:
+            self._buffer = Buffer(self.options.queue_size, self.options.queue_bytes)
+            self._put = self._put_own
+
+    def start(self) -> None:
+        """Start the batcher and open the transport, before the first point asks for it."""
+        self._settled()
+        with self._starting:
+            if self._batcher is None:
+                self._transport = self._transport or open_transport(self.options)
+                delivery = Delivery(self.name, self._transport, self._counters, self._report)
+                self._batcher = Batcher(
+                    self.name,
+                    self._buffer,
+                    delivery,
+                    self._counters,
+                    self._report,
+                    batch_size=self.options.batch_size,
+                    flush_interval=self.options.flush_interval,
+                )
+
+    def begin_anew(self) -> None:
+        """In a forked child, at once: nothing of the parent's is used, sent again or closed.
+
+        The parent's thread does not exist here, and its locks may be held for ever.
+        """
+        if self._transport:
+            self._transport.abandon()
+        # Kept, for their finalisers would close file numbers that may be others' by then.
+        self._retired += [self._transport, self._http]
+        self._transport = self._http = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._batcher = None
+        self._report = Report(logger)
+        self._starting = threading.RLock()
+        # Replaced by `begin`, at the first point: so a point costs no look at where we are.
+        self._encode = self._first_encode
+
+    def _settled(self) -> Database:
+        if self._encode == self._first_encode:
+            self._settle()
+        return self
+
+    def _first_encode(self, point: Point) -> bytes:
+        self._settle()
+        return self._encode(point)
+
+    def _begin_alone(self) -> None:
+        counters = Counters(1)
+        self.begin(counters.row(0), lambda: counters.total(0), Stamps(os.getpid()), self._tags)
+
+    def _count_left_out(self, fields: int) -> None:
+        self._counters[LEFT_OUT] += fields
+        self._report.warn(
+            "left out",
+            "%s: left out %d fields that were NaN or infinite: InfluxDB cannot store them",
+            self.name,
+            fields,
+        )
+
+    def _put_relay(self, line: bytes) -> None:
+        if not self._relay(line):
+            self._counters[DROPPED] += 1
+            self._report.warn(
+                "relay", "%s: dropped a line: the worker did not take it in time", self.name
+            )
+
+    def _put_own(self, line: bytes) -> None:
+        self._queue((line,))
+
+    def _queue(self, lines: Sequence[bytes]) -> None:
+        buffer = self._buffer
+        dropped = buffer.put(lines)
+        if dropped:
+            self._counters[DROPPED] += dropped
+            self._report.warn(
+                "full", "%s: the buffer is full: dropped the oldest %d lines", self.name, dropped
+            )
+        batcher = self._batcher
+        if batcher is None:
+            try:
+                self.start()
+            except RuntimeError as error:
+                # "can't start new thread": at the end of the interpreter, or at the user's limit.
+                self._report.warn("thread", "%s: points wait unsent: %s", self.name, error)
+        elif (
+            len(buffer) >= self.options.batch_size or buffer.bytes >= self.options.batch_bytes
+        ):
+            batcher.wake()
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name!r} {self.address} started={self._batcher is not None}>"
+
+
+def _as_point(given: object) -> Point:
+    """The one point that ``given`` stands for.
+
+    Raises:
+        PointError: It stands for none.
+    """
+    if isinstance(given, Point):
+        return given
+    if isinstance(given, Mapping):
+        return _from_mapping(given)
+    if hasattr(given, "to_line_protocol"):
+        return _from_line(given)
+    raise PointError(
+        f"a point of type {type(given).__name__}; expected a Point, a mapping with the keys "
+        f"{', '.join(_KEYS)}, an object with to_line_protocol(), or an iterable of these"
+    )
+
+
+def _from_mapping(given: Mapping[str, Any]) -> Point:
+    unknown = [key for key in given if key not in _KEYS]
+    if unknown or "measurement" not in given or "fields" not in given:
+        missing = [key for key in ("measurement", "fields") if key not in given]
+        wrong = [f"unknown key {key!r}" for key in unknown] + [f"no {key!r}" for key in missing]
+        raise PointError(
+            f"a point that is a mapping has {', '.join(wrong)}; expected the keys "
+            "'measurement', 'fields' and, where wanted, 'tags' and 'time'"
+        )
+    return Point(given["measurement"], given["fields"], given.get("tags"), given.get("time"))
+
+
+def _from_line(given: Any) -> Point:
+    """A point of influxdb-client's, by its own line, read again: so its rules hold as well."""
+    source = f"to_line_protocol() of {type(given).__name__}"
+    try:
+        line = given.to_line_protocol()
+        length = _UNITS[str(getattr(given, "write_precision", None) or "ns")]
+        point: Point | None = decode(line.encode()) if line else None
+    except Exception as error:  # a user's class may raise anything
+        raise PointError(f"{source} failed: {error!r}; expected one line of text") from error
+    if point is None:
+        raise FieldError(
+            f"{source} gave nothing, which is a point without fields; "
+            "InfluxDB stores only points with at least one field"
+        )
+    if isinstance(point.timestamp, int):
+        point = point._replace(timestamp=point.timestamp * length)
+    return point

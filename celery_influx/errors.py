@@ -1,0 +1,52 @@
+"""Every error this package raises, as one tree.
+
+.. code-block:: text
+
+    InfluxError
+    ├── ConfigError (also ValueError)    the configuration cannot be used
+    ├── PointError (also ValueError)     a point cannot be stored as given
+    │   └── FieldError                   … because of its fields
+    ├── DecodeError (also ValueError)    bytes that are not line protocol
+    ├── SendError                        a server did not take what was sent
+    └── QueryError                       a query was refused, here or by the server
+
+Each takes one string, so that Celery's JSON result backends carry it unharmed.
+"""
+
+from __future__ import annotations
+
+
+class InfluxError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(InfluxError, ValueError):
+    """The configuration has mistakes; the text names all of them, a line each."""
+
+
+class PointError(InfluxError, ValueError):
+    """The point cannot be stored as given; the text says what is wrong with it."""
+
+
+class FieldError(PointError):
+    """The point's fields cannot be stored: none is left, or a value has no field type."""
+
+
+class DecodeError(InfluxError, ValueError):
+    """The bytes are not line protocol as InfluxDB 1.x reads it."""
+
+
+class SendError(InfluxError):
+    """One attempt to reach a server failed.
+
+    Attributes:
+        cause: A short, stable word to count by, such as ``"ECONNREFUSED"`` or ``"404"``.
+    """
+
+    def __init__(self, message: str, cause: str = "error") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class QueryError(InfluxError):
+    """A query was refused before sending, or the server answered it with an error."""

@@ -1,0 +1,834 @@
+"""Line protocol: points to bytes and back, as influxd 1.x reads it. No I/O, clock or log.
+
+Whatever ``encode`` returns is stored by InfluxDB exactly as given; a point that cannot be is
+refused. Ordinary names go a fast way. Where a name holds a backslash or a control character,
+the reader below, which follows influxd's own, has the last word on the line.
+
+Rules: https://docs.influxdata.com/influxdb/v1/write_protocols/line_protocol_reference/
+The reader: https://github.com/influxdata/influxdb/blob/1.6/models/points.go
+Checked against influxd 1.6.7 and influxdata/line-protocol-corpus: tests/conformance/
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+
+from celery_influx.errors import DecodeError, FieldError, PointError
+from celery_influx.point import Point, Precision
+
+MIN_TIME = -9223372036854775806
+MAX_TIME = 9223372036854775806
+MAX_KEY_LENGTH = 65535
+_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
+
+# influxd's storage joins series key and field key with this and, when it starts, parts them at
+# its first appearance: a series key holding it comes back from a restart as another series.
+_SEPARATOR = b"#!~#"
+# Names of influxd's own virtual tables: it takes points for them, and no query finds them.
+_SYSTEM_NAMES = frozenset({"_series", "_fieldKeys", "_tagKeys"})
+# The same for fields: queries answer these with something of influxd's own, or nothing.
+_SYSTEM_FIELDS = frozenset({"_name", "_seriesKey", "_tagKey", "_tagValue", "_fieldKey"})
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MEASUREMENT_ESCAPES = str.maketrans({",": "\\,", " ": "\\ "})
+_NAME_ESCAPES = str.maketrans({",": "\\,", " ": "\\ ", "=": "\\="})
+_STRING_ESCAPES = str.maketrans({'"': '\\"', "\\": "\\\\"})
+_is_plain = re.compile(r"(?!.*#!~)[^\x00-\x1f\\]+").fullmatch
+_NO_FIELDS = "no fields; InfluxDB stores only points with at least one field"
+
+
+class Encoder:
+    """Turns points into lines, with constant tags, one precision and, if wanted, a clock.
+
+    Args:
+        tags: Put on every point. A point's own tag of the same key wins; its value ``None``
+            takes the constant tag off.
+        precision: The unit of the timestamps written; they are rounded down to it.
+        clock: Gives the time, in nanoseconds since 1970, of points without one. Without a
+            clock their lines carry no timestamp and InfluxDB takes the time of arrival.
+        on_left_out: Called with the number of fields left out of a point because they are NaN
+            or infinite, whenever there are any.
+
+    Raises:
+        PointError: The constant tags cannot be stored.
+
+    Attributes:
+        encode: ``encode(point)`` returns one line, without a newline at its end, or raises
+            :class:`PointError` where InfluxDB could not store the point exactly as given.
+    """
+
+    __slots__ = ("_precision", "_tags", "encode")
+
+    encode: Callable[[Point], bytes]
+
+    def __init__(
+        self,
+        *,
+        tags: Mapping[str, Any] | None = None,
+        precision: Precision = Precision.NS,
+        clock: Callable[[], int] | None = None,
+        on_left_out: Callable[[int], None] | None = None,
+    ) -> None:
+        self._precision = Precision(precision)
+        self._tags = {key: value for key, value in _texts("constant tags", tags).items() if value}
+        _line("constant tags", "m", self._tags, {"f": True}, None)
+        self.encode = _encoder(self._tags, self._precision.nanoseconds, clock, on_left_out)
+
+    def __repr__(self) -> str:
+        return f"<Encoder precision={self._precision.value!r} tags={self._tags!r}>"
+
+
+class _Rare(Exception):
+    """This point needs the slow way."""
+
+
+class _Cache(dict[Any, str]):
+    """Escaped text by name, filled on demand and emptied when full: a stream of ever new names
+    costs time, not memory. Ask only for exact ``str``: a subclass could lie when compared.
+    """
+
+    __slots__ = ("_escape",)
+
+    def __init__(self, escape: Callable[[Any], str]) -> None:
+        super().__init__()
+        self._escape = escape
+
+    def __missing__(self, name: Any) -> str:
+        text = self._escape(name)
+        if len(text) <= 256:
+            if len(self) >= 4096:
+                self.clear()
+            self[name] = text
+        return text
+
+
+def _plain_measurement(name: str) -> str:
+    if not _is_plain(name) or name[0] == "#" or name in _SYSTEM_NAMES:
+        raise _Rare
+    return name.translate(_MEASUREMENT_ESCAPES)
+
+
+def _plain_key(name: str) -> str:
+    if not _is_plain(name) or name == "time":
+        raise _Rare
+    return name.translate(_NAME_ESCAPES)
+
+
+def _plain_field_key(name: str) -> str:
+    if name in _SYSTEM_FIELDS:
+        raise _Rare
+    return f",{_plain_key(name)}="
+
+
+def _plain_tag(pair: tuple[str, str]) -> str:
+    key, value = pair
+    if not value:
+        return ""
+    if not _is_plain(value):
+        raise _Rare
+    return f",{_plain_key(key)}={value.translate(_NAME_ESCAPES)}"
+
+
+def _encoder(
+    constant: dict[str, str],
+    unit: int,
+    clock: Callable[[], int] | None,
+    on_left_out: Callable[[int], None] | None,
+) -> Callable[[Point], bytes]:
+    """The ``encode`` of one Encoder: a closure, since that is where Python is quickest."""
+    measurements = _Cache(_plain_measurement)
+    field_keys = _Cache(_plain_field_key)
+    pairs = _Cache(_plain_tag)
+    simple = frozenset({int, float, bool})
+    try:
+        constant_text = "".join(map(_plain_tag, constant.items()))
+    except _Rare:
+        constant_text = ""
+
+    def fast(point: Point) -> bytes:
+        """Ordinary names in ordinary dicts; whatever else it meets, it raises _Rare."""
+        measurement, fields, tags, timestamp = point
+        if type(measurement) is not str or type(fields) is not dict:
+            raise _Rare
+        line = measurements[measurement]
+        if tags is None:
+            line += constant_text
+        elif type(tags) is not dict:
+            raise _Rare
+        else:
+            if constant:
+                if tags.keys().isdisjoint(constant):
+                    line += constant_text
+                else:
+                    tags = {**constant, **tags}
+            for key, value in tags.items():
+                if type(key) is not str:
+                    raise _Rare
+                if type(value) is str:
+                    line += pairs[key, value]
+                elif type(value) in simple:
+                    line += pairs[key, str(value)]
+                elif value is not None:
+                    raise _Rare
+        body = ""
+        left_out = 0
+        for key, value in fields.items():
+            kind = type(value)
+            if type(key) is not str:
+                raise _Rare
+            if kind is float:
+                if value - value == 0.0:
+                    body += f"{field_keys[key]}{value!r}"
+                else:
+                    field_keys[key]  # a bad key is refused whatever its value
+                    left_out += 1
+            elif kind is int and _MIN_INT <= value <= _MAX_INT:
+                body += f"{field_keys[key]}{value}i"
+            elif kind is str:
+                if '"' in value or "\\" in value:
+                    value = value.translate(_STRING_ESCAPES)
+                body += f'{field_keys[key]}"{value}"'
+            elif kind is bool:
+                body += field_keys[key] + ("true" if value else "false")
+            else:
+                raise _Rare
+        if not body:
+            raise _Rare
+        if timestamp is None and clock is not None:
+            timestamp = clock()
+        if timestamp is None:
+            encoded = f"{line} {body[1:]}".encode()
+        elif type(timestamp) is int:
+            if unit != 1:
+                timestamp //= unit
+            if not MIN_TIME <= timestamp * unit <= MAX_TIME:
+                raise _Rare
+            encoded = f"{line} {body[1:]} {timestamp}".encode()
+        else:
+            raise _Rare
+        if len(encoded) > MAX_KEY_LENGTH:
+            raise _Rare
+        if left_out and on_left_out is not None:
+            on_left_out(left_out)
+        return encoded
+
+    def slow(point: Point) -> bytes:
+        """The whole rule, for whatever was given."""
+        measurement, fields, tags, timestamp = point
+        if not isinstance(measurement, str):
+            raise PointError(f"measurement {_show(measurement)}: expected a str")
+        measurement = str.__str__(measurement)
+        name = f"point {_show(measurement)}"
+        own = _texts(name, tags)
+        kept, left_out = _values(name, fields)
+        if left_out and on_left_out is not None:
+            on_left_out(left_out)
+        if not kept:
+            why = "NaN and infinity cannot be stored" if left_out else "tags alone are not stored"
+            raise FieldError(f"{name}: {_NO_FIELDS} ({why})")
+        if timestamp is None and clock is not None:
+            timestamp = clock()
+        ticks = None if timestamp is None else _ticks(name, timestamp, unit)
+        stored_tags = {key: value for key, value in {**constant, **own}.items() if value}
+        return _line(name, measurement, stored_tags, kept, ticks)
+
+    if constant and not constant_text:
+        return slow
+
+    def encode(point: Point) -> bytes:
+        try:
+            return fast(point)
+        except (_Rare, UnicodeEncodeError, RuntimeError):  # RuntimeError: a dict changed meanwhile
+            pass
+        return slow(point)
+
+    return encode
+
+
+# -- the slow way: from anything to exact types ------------------------------------------------
+
+
+def _show(value: object) -> str:
+    """``repr(value)``, short, and whatever its ``__repr__`` does."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 100 else f"{text[:80]}...{text[-10:]}"
+
+
+def _items(name: str, what: str, mapping: object) -> list[tuple[str, Any]]:
+    """The items of a mapping, its keys checked and made exact ``str``."""
+    if not isinstance(mapping, Mapping):
+        raise PointError(f"{name}: {what} {_show(mapping)}: expected a mapping such as a dict")
+    try:
+        items = [(key, value) for key, value in mapping.items()]
+    except Exception as error:
+        raise PointError(f"{name}: {what} cannot be read: {error!r}") from error
+    found: dict[str, Any] = {}
+    for key, value in items:
+        if not isinstance(key, str):
+            raise PointError(f"{name}: {what}: key {_show(key)}: expected a str")
+        key = str.__str__(key)
+        if key in found:
+            raise PointError(f"{name}: {what}: key {_show(key)} is there twice")
+        found[key] = value
+    return list(found.items())
+
+
+def _texts(name: str, tags: object) -> dict[str, str]:
+    """Tags by key, as exact text; ``""`` for a tag that is to be left out."""
+    found = {}
+    for key, value in [] if tags is None else _items(name, "tags", tags):
+        if value is None:
+            found[key] = ""
+            continue
+        try:
+            text = value if isinstance(value, str) else str(value)
+        except Exception as error:
+            raise PointError(
+                f"{name}: tag {_show(key)}: str() of its {type(value).__name__} raised {error!r}"
+            ) from error
+        found[key] = str.__str__(text)
+    return found
+
+
+def _values(name: str, fields: object) -> tuple[dict[str, Any], int]:
+    """Fields by key, as exact float, int, bool or str; and how many NaN and inf are left out."""
+    found = {}
+    left_out = 0
+    for key, given in _items(name, "fields", fields):
+        value = _value(name, key, given)
+        if isinstance(value, float) and value - value != 0.0:
+            left_out += 1
+        elif value is not None:
+            found[key] = value
+        if not key or key == "time":
+            _line(name, "m", {}, {key: 0}, None)  # refused, even where the value is left out
+    return found, left_out
+
+
+def _value(name: str, key: str, given: object) -> float | int | bool | str | None:
+    value = given
+    for _ in range(3):  # an Enum of a numpy scalar of …; never for ever
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            value = int.__index__(value)
+            if _MIN_INT <= value <= _MAX_INT:
+                return value
+            raise FieldError(
+                f"{name}: field {_show(key)}: {_show(value)} does not fit into InfluxDB's 64 bits;"
+                f" expected {_MIN_INT} to {_MAX_INT}. Send float() of it, or a str"
+            )
+        if isinstance(value, float):
+            return float.__float__(value)
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, Decimal):
+            return float("nan") if value.is_nan() else float(value)
+        try:
+            if isinstance(value, Enum):
+                value = value.value
+            elif getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+                value = value.item()
+            else:
+                break
+        except Exception as error:
+            raise FieldError(f"{name}: field {_show(key)} cannot be read: {error!r}") from error
+    advice = "a datetime as .isoformat(), bytes as .decode(), anything else as str() or a number"
+    raise FieldError(
+        f"{name}: field {_show(key)}: {_show(given)} is of type {type(given).__name__};"
+        f" expected float, int, bool or str. Send {advice}"
+    )
+
+
+def _ticks(name: str, timestamp: object, unit: int) -> int:
+    """The timestamp in units of ``unit`` nanoseconds, rounded down."""
+    given = _show(timestamp)
+    try:
+        if isinstance(timestamp, datetime):
+            if timestamp.utcoffset() is None:
+                timestamp = timestamp.replace(tzinfo=timezone.utc)
+            since = timestamp - _EPOCH
+            # pandas' datetime knows nanoseconds too
+            rest = since.microseconds * 1000 + int(getattr(timestamp, "nanosecond", 0))
+            nanoseconds = (since.days * 86400 + since.seconds) * 1_000_000_000 + rest
+        elif isinstance(timestamp, bool):
+            raise TypeError
+        else:
+            nanoseconds = operator.index(timestamp)  # type: ignore[arg-type]
+    except TypeError:
+        raise PointError(
+            f"{name}: timestamp {given}: expected nanoseconds since 1970 as an int (such as"
+            " time.time_ns(); a float is not exact enough), or a datetime"
+        ) from None
+    except Exception as error:
+        raise PointError(f"{name}: timestamp {given} cannot be read: {error!r}") from error
+    ticks = nanoseconds // unit
+    if not MIN_TIME <= ticks * unit <= MAX_TIME:
+        raise PointError(
+            f"{name}: timestamp {given}: InfluxDB's time ends at {MIN_TIME} and {MAX_TIME}"
+            " nanoseconds since 1970 (the years 1677 and 2262)"
+        )
+    return ticks
+
+
+# -- the slow way: from exact types to a line --------------------------------------------------
+
+
+def _line(
+    name: str,
+    measurement: str,
+    tags: dict[str, str],
+    fields: dict[str, Any],
+    ticks: int | None,
+) -> bytes:
+    """One line, or PointError where influxd would not store just this."""
+    try:
+        line = _join(measurement, tags, fields, ticks)
+    except UnicodeEncodeError as error:
+        raise PointError(
+            f"{name}: {_show(error.object[error.start : error.end])} is half of a surrogate pair,"
+            " no character; decode the text it came from with errors='replace'"
+        ) from None
+    if not _stores(line, measurement, tags, fields, ticks):
+        raise PointError(f"{name}: {_blame(measurement, tags, fields)}")
+    return line
+
+
+def _join(
+    measurement: str, tags: dict[str, str], fields: dict[str, Any], ticks: int | None
+) -> bytes:
+    head = measurement.translate(_MEASUREMENT_ESCAPES)
+    for key, text in tags.items():
+        head += f",{key.translate(_NAME_ESCAPES)}={text.translate(_NAME_ESCAPES)}"
+    # influxd skips space, tab and NUL before the first field key: let another key go first.
+    keys = sorted(fields, key=lambda key: key.startswith(("\t", "\0")))
+    body = ",".join(f"{_escape_field_key(key)}={_escape_value(fields[key])}" for key in keys)
+    return f"{head} {body}{'' if ticks is None else f' {ticks}'}".encode()
+
+
+def _escape_field_key(key: str) -> str:
+    # Of a backslash before a quote influxd drops the backslash, in field keys only.
+    return key.translate(_NAME_ESCAPES).replace('\\"', '\\\\"')
+
+
+def _escape_value(value: float | int | bool | str) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value}i"
+    if isinstance(value, float):
+        return repr(value)
+    return f'"{value.translate(_STRING_ESCAPES)}"'
+
+
+def _stores(
+    line: bytes,
+    measurement: str,
+    tags: dict[str, str],
+    fields: dict[str, Any],
+    ticks: int | None,
+) -> bool:
+    """Whether influxd stores just this point for ``line``, whatever other lines stand around."""
+    if _line_end(line + b"\n", 0) != len(line) or measurement[:1] in ("", "#", "\t", "\0"):
+        return False
+    try:
+        series, read = _read(line, 1)
+        stored = _as_stored(read)
+    except DecodeError:
+        return False
+    return (
+        stored == Point(measurement, fields, tags or None, ticks)
+        and all(type(stored.fields[key]) is type(value) for key, value in fields.items())
+        and _is_findable(series, measurement)
+        and _SYSTEM_FIELDS.isdisjoint(fields)
+    )
+
+
+def _is_findable(series: bytes, measurement: str) -> bool:
+    """Whether queries find the series, and it is still the same one after a restart."""
+    return (
+        measurement not in _SYSTEM_NAMES
+        and not re.search(r'\\[ ,="]', measurement)
+        and (series + _SEPARATOR).find(_SEPARATOR) == len(series)
+    )
+
+
+def _blame(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> str:
+    """What keeps this point from being stored: the first part that cannot be even alone."""
+    if not _storable(measurement, {}, {"f": 0}):
+        return f"measurement {_show(measurement)} {_reason(measurement, 'measurement')}"
+    for key, text in tags.items():
+        if not _storable("m", {key: "v"}, {"f": 0}):
+            return f"tag key {_show(key)} {_reason(key, 'tag key')}"
+        if not _storable("m", {"k": text}, {"f": 0}):
+            return f"tag {_show(key)}: value {_show(text)} {_reason(text, 'tag value')}"
+    for key in fields:
+        if not _storable("m", {}, {key: 0}) and not _storable("m", {}, {"f": 0, key: 0}):
+            return f"field key {_show(key)} {_reason(key, 'field key')}"
+    first = next(iter(fields))
+    if len(fields) == 1 and first.startswith(("\t", "\0")):
+        return f"field key {_show(first)} begins with a tab or NUL; add a field with another name"
+    series = _join(measurement, tags, {"f": 0}, None)[:-4]
+    longest = len(series) + 4 + max(len(_escape_field_key(key).encode()) for key in fields)
+    if longest > MAX_KEY_LENGTH:
+        return (
+            f"measurement, tags and field key take {longest} bytes together; InfluxDB takes"
+            f" {MAX_KEY_LENGTH}. Move long tags to fields"
+        )
+    return (
+        "backslashes, quotes and newlines in its names and values, each of them harmless alone,"
+        " would end the line at another place; leave the backslashes out of the names"
+    )
+
+
+def _storable(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> bool:
+    return _stores(_join(measurement, tags, fields, None), measurement, tags, fields, None)
+
+
+def _reason(name: str, place: str) -> str:
+    """Why ``name`` cannot be stored in this place."""
+    if not name:
+        return "is empty; InfluxDB knows no empty names"
+    if re.search(r"(?<!\\)(?:\\\\)*\n", name):
+        return "has a newline, which would start another line; replace it"
+    if name.endswith("\\"):
+        return "ends in a backslash, which would escape what follows; leave it out"
+    if name == "time" and place != "measurement":
+        return "is the name of InfluxDB's own time column; choose another one"
+    if place == "measurement":
+        if name[0] in "\t\0":
+            return "begins with a tab or NUL, which InfluxDB skips; leave it out"
+        if name[0] == "#":
+            return "begins with #, as a comment does; leave it out"
+    if name in (_SYSTEM_NAMES if place == "measurement" else _SYSTEM_FIELDS):
+        return "is a name of InfluxDB's own, which no query finds; choose another one"
+    if "#!~" in name and place != "field key":
+        return "holds '#!~', which parts series from fields in InfluxDB's files; leave it out"
+    if len(name) > MAX_KEY_LENGTH // 4 and len(name.encode()) > MAX_KEY_LENGTH - 16:
+        return f"is too long; InfluxDB takes {MAX_KEY_LENGTH} bytes. Move long texts to fields"
+    return "has a backslash before a comma, space, quote or equals sign; use another character"
+
+
+# -- reading, as influxd does ------------------------------------------------------------------
+
+_BLANK = b" \t\0"
+_NAME = re.compile(rb"[^,](?:[^, ]+|(?<=\\)[, ])*", re.DOTALL)
+_TAG_KEY = re.compile(rb"[^ ,=](?:[^ ,=]+|(?<=\\)[ ,=])*", re.DOTALL)
+_TAG_VALUE = re.compile(rb"[^ ,](?:[^ ,=]+|(?<=\\)[ ,=])*", re.DOTALL)
+_FIELD_KEY = re.compile(rb"(?:[^=]+|(?<=\\)=)*", re.DOTALL)
+_FIELD_VALUE = re.compile(
+    rb'(?:[^",\\]+|\\["\\]?|"(?:[^"\\]+|\\["\\]?)*(?:"|\Z))*', re.DOTALL
+)
+_LINE_TOKEN = re.compile(rb'\\.?|[ =,"\n]', re.DOTALL)
+_FIELDS_TOKEN = re.compile(rb'\\.|[ =,"]', re.DOTALL)
+_WORD = re.compile(rb"[^, ]*", re.DOTALL)
+_INT = re.compile(rb"-?[0-9]+i")
+_FLOAT_LIKE = re.compile(rb"-?[0-9.eE](?:[0-9.eE]|(?<=[eE])[+-])*")
+_TIME = re.compile(rb"(-?[0-9]*)(?=[ \n]|\Z)")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+_TIME_OUTSIDE = f"time outside range {MIN_TIME} - {MAX_TIME}"
+
+
+def encode(point: Point) -> bytes:
+    """One line for ``point``, without a newline, or :class:`PointError`: see :class:`Encoder`."""
+    return _default.encode(point)
+
+
+def decode(line: bytes, unit: int = 1) -> Point:
+    """The point that InfluxDB 1.x would store for one line.
+
+    Args:
+        line: One line; a newline at its end is allowed.
+        unit: How many nanoseconds one unit of its timestamp has; the time limits depend on it.
+
+    Returns:
+        The point, its timestamp as in the line; ``None`` where there is none, as for tags.
+        Each byte that is not UTF-8 becomes U+FFFD, as in InfluxDB's answers.
+
+    Raises:
+        DecodeError: InfluxDB would refuse the line, or it is none, or several.
+    """
+    points, refused = parse(line, unit)
+    if refused:
+        raise DecodeError(refused[0])
+    if len(points) != 1:
+        raise DecodeError(f"expected one line with a point, found {len(points)}: {_show(line)}")
+    return points[0]
+
+
+def parse(payload: bytes, unit: int = 1) -> tuple[list[Point], list[str]]:
+    """All points of a datagram or body, and why InfluxDB 1.x would refuse the other lines.
+
+    A reason that begins ``unable to parse`` costs a datagram all its points, over UDP, one that
+    begins ``proto`` also a body; any other reason costs that point only.
+    """
+    points: list[Point] = []
+    refused: list[str] = []
+    for line in _lines(payload):
+        try:
+            point = _read(line, unit)[1]
+        except DecodeError as error:
+            refused.append(f"unable to parse '{_text(line)}': {error}")
+            continue
+        try:
+            points.append(_as_stored(point))
+        except DecodeError as error:
+            refused.append(str(error))
+    return points, refused
+
+
+def _text(raw: bytes) -> str:
+    """As influxd's answers show it: U+FFFD for each byte that is not UTF-8."""
+    return _NOT_UTF8.sub("\ufffd", _name_text(raw))
+
+
+def _name_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _lines(payload: bytes) -> Iterator[bytes]:
+    """Each line that is no comment and not blank, without what influxd skips before it."""
+    start = 0
+    while start < len(payload):
+        end = _line_end(payload, start)
+        line = payload[start:end].lstrip(_BLANK)
+        start = end + 1
+        if line and not line.startswith(b"#"):
+            yield line.removesuffix(b"\n")
+
+
+def _line_end(payload: bytes, start: int) -> int:
+    """Where the line ends. influxd looks for it with rules of its own, looser than those by
+    which it then reads the line: escapes go in pairs, any space begins the fields.
+    """
+    in_fields = quoted = False
+    equals = commas = 0
+    for match in _LINE_TOKEN.finditer(payload, start):
+        token = match.group()
+        if token == b"\n":
+            if not quoted:
+                return match.start()
+        elif token == b" ":
+            in_fields = True
+        elif not in_fields:
+            continue
+        elif token == b'"':
+            quoted ^= equals > commas
+        elif not quoted:
+            equals += token == b"="
+            commas += token == b","
+    return len(payload)
+
+
+def _read(line: bytes, unit: int) -> tuple[bytes, Point]:
+    """The series key as it is stored, and the point; DecodeError tells in influxd's words."""
+    name, tags, at = _read_series(line)
+    series = b",".join([name, *(b"%b=%b" % tag for tag in sorted(tags))])
+    if len(series) > MAX_KEY_LENGTH:
+        raise DecodeError(f"max key length exceeded: {len(series)} > {MAX_KEY_LENGTH}")
+    at = len(line) - len(line[at:].lstrip(_BLANK))
+    end = _fields_end(line, at)
+    body = line[at:end]
+    _check_key_lengths(body, len(series))
+    timestamp = _read_time(line, end, unit)
+    point = Point(
+        _name_text(re.sub(rb'\\([ ,="])', rb"\1", name)),
+        _read_fields(body),
+        {_unescape_tag(key): _unescape_tag(value) for key, value in tags} or None,
+        timestamp,
+    )
+    return series, point
+
+
+def _unescape_tag(raw: bytes) -> str:
+    return _text(re.sub(rb"\\([ ,=])", rb"\1", raw))
+
+
+def _read_series(line: bytes) -> tuple[bytes, list[tuple[bytes, bytes]], int]:
+    match = _NAME.match(line)
+    if not match:
+        raise DecodeError("missing measurement")
+    name, at = match.group(), match.end()
+    tags: list[tuple[bytes, bytes]] = []
+    while line[at : at + 1] == b",":
+        match = _TAG_KEY.match(line, at + 1)
+        if not match:
+            raise DecodeError("missing tag key")
+        key, at = match.group(), match.end()
+        if line[at : at + 1] != b"=":
+            raise DecodeError("missing tag value")
+        match = _TAG_VALUE.match(line, at + 1)
+        if not match:
+            raise DecodeError("missing tag value")
+        tags.append((key, match.group()))
+        at = match.end()
+        if line[at : at + 1] == b"=":
+            raise DecodeError("invalid tag format")
+    if at >= len(line):
+        raise DecodeError("missing fields")
+    if len({key for key, _ in tags}) < len(tags):
+        raise DecodeError("duplicate tags")
+    return name, tags, at
+
+
+def _fields_end(line: bytes, at: int) -> int:
+    """Where the field set that starts at ``at`` ends; checks it as loosely as influxd does."""
+    quoted = False
+    equals = commas = 0
+    while match := _FIELDS_TOKEN.search(line, at):
+        token, at = match.group(), match.end()
+        if token == b'"':
+            quoted ^= equals > commas
+        elif quoted:
+            continue
+        elif token == b",":
+            commas += 1
+        elif token == b" ":
+            at -= 1
+            break
+        elif token == b"=":
+            equals += 1
+            if line[at - 2 : at - 1] in (b" ", b",") and line[at - 3 : at - 2] != b"\\":
+                raise DecodeError("missing field key")
+            if line[at : at + 1] in (b"", b",", b" "):
+                raise DecodeError("missing field value")
+            if line[at : at + 1] != b'"':
+                at = _scalar_end(line, at)
+    else:
+        at = len(line)
+    if quoted:
+        raise DecodeError("unbalanced quotes")
+    if equals == 0 or commas != equals - 1:
+        raise DecodeError("invalid field format")
+    return at
+
+
+def _scalar_end(line: bytes, at: int) -> int:
+    match = _WORD.match(line, at)
+    assert match is not None  # it matches nothing, too
+    word = match.group()
+    if word[:1] in b"0123456789.-Nn":
+        _number(word)
+    elif word not in _BOOLS:
+        raise DecodeError("invalid boolean")
+    return match.end()
+
+
+_BOOLS = {
+    **dict.fromkeys((b"t", b"T", b"true", b"True", b"TRUE"), True),
+    **dict.fromkeys((b"f", b"F", b"false", b"False", b"FALSE"), False),
+}
+
+
+def _number(word: bytes) -> int | float:
+    if _INT.fullmatch(word):
+        digits = word[:-1].decode()
+        try:
+            return _int64(digits)
+        except DecodeError as error:
+            raise DecodeError(f"unable to parse integer {digits}: {error}") from None
+    # Of what only looks like a number influxd says one thing or the other.
+    if not _FLOAT_LIKE.fullmatch(word) or word.count(b".") > 1 or word in (b".", b"-."):
+        raise DecodeError("invalid number")
+    try:
+        number = float(word)
+    except ValueError:
+        raise DecodeError("invalid float") from None
+    if number - number != 0.0:
+        raise DecodeError("invalid float")
+    return number
+
+
+def _int64(digits: str) -> int:
+    # Python's int() refuses thousands of digits with an error of its own.
+    if len(digits.lstrip("-0")) <= 19 and _MIN_INT <= (value := int(digits)) <= _MAX_INT:
+        return value
+    raise DecodeError(f'strconv.ParseInt: parsing "{digits}": value out of range')
+
+
+def _check_key_lengths(body: bytes, series_length: int) -> None:
+    """influxd walks the fields once more to measure their keys, and stumbles where a key's
+    escapes read otherwise than when it looked for the end of the fields.
+    """
+    while body:
+        match = _FIELD_KEY.match(body)
+        assert match is not None  # it matches nothing, too
+        key, at = match.group(), match.end()
+        if at > len(body) - 2:
+            raise DecodeError(f"invalid value: field-key={_text(key)}")
+        size = series_length + 4 + len(key)
+        if size > MAX_KEY_LENGTH:
+            raise DecodeError(f"max key length exceeded: {size} > {MAX_KEY_LENGTH}")
+        match = _FIELD_VALUE.match(body, at + 1)
+        assert match is not None
+        body = body[match.end() + 1 :]
+
+
+def _read_fields(body: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    at = 0
+    while at < len(body):
+        match = _FIELD_KEY.match(body, at)
+        assert match is not None
+        key = _name_text(re.sub(rb'\\([ ,="])', rb"\1", match.group()))
+        match = _FIELD_VALUE.match(body, match.end() + 1)
+        assert match is not None
+        raw, at = match.group(), match.end() + 1
+        value: float | int | bool | str
+        if raw.startswith(b'"'):
+            value = _text(re.sub(rb'\\(["\\])', rb"\1", raw[1:-1]))
+        elif raw in _BOOLS:
+            value = _BOOLS[raw]
+        else:
+            value = _number(raw)
+        if key in fields and type(fields[key]) is not type(value):
+            raise DecodeError("field type conflict")
+        fields[key] = value
+    return fields
+
+
+def _read_time(line: bytes, at: int, unit: int) -> int | None:
+    at = len(line) - len(line[at:].lstrip(_BLANK))
+    match = _TIME.match(line, at)
+    if not match:
+        raise DecodeError("bad timestamp")
+    digits = match.group().decode()
+    if not digits:
+        return None
+    if digits == "-":
+        raise DecodeError('strconv.ParseInt: parsing "-": invalid syntax')
+    timestamp = _int64(digits)
+    if not MIN_TIME <= timestamp * unit <= MAX_TIME:
+        raise DecodeError(_TIME_OUTSIDE)
+    if line[match.end() :].strip(b" "):
+        raise DecodeError("point is invalid")
+    return timestamp
+
+
+def _as_stored(point: Point) -> Point:
+    """``time`` is influxd's: as a tag it costs the point, as a field only that field. And its
+    index files take only UTF-8.
+    """
+    what = f'"time" on measurement "{point.measurement}" is invalid'
+    if point.tags and "time" in point.tags:
+        raise DecodeError(f"invalid tag key: input tag {what}")
+    fields = {key: value for key, value in point.fields.items() if key != "time"}
+    if not fields:
+        raise DecodeError(f"invalid field name: input field {what}")
+    if _NOT_UTF8.search(point.measurement):
+        raise DecodeError('proto: field "tsdb.MeasurementFields.Name" contains invalid UTF-8')
+    if any(map(_NOT_UTF8.search, fields)):
+        raise DecodeError('proto: field "tsdb.Field.Name" contains invalid UTF-8')
+    return point._replace(fields=fields)
+
+
+_default = Encoder()

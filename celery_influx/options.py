@@ -1,0 +1,444 @@
+"""What can be set: each option once, with default, type, range, unit and meaning.
+
+Validation, did-you-mean and the tables in docs/reference/options.md come from here. Values in,
+values out: ``plugin`` reads Celery's configuration and hands it over as a mapping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from celery_influx.errors import ConfigError, PointError
+from celery_influx.line_protocol import Encoder
+from celery_influx.point import Precision
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    dict: "a mapping",
+}
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_ENCODE = "expected udp://host:8089 or the like, a password's special characters as %XX"
+
+T = TypeVar("T")
+
+
+def option(
+    default: T,
+    doc: str,
+    *,
+    kind: type | None = None,
+    unit: str = "",
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    secret: bool = False,
+    ex_flux: str = "",
+) -> T:
+    """Declare one option: a dataclass field that knows its own range, unit and meaning.
+
+    ``kind`` is the type of the value where ``default`` (``None``, a mapping) does not tell it.
+    ``ex_flux`` says what the option is called in ex_flux, its default there, and why ours differs.
+    """
+    metadata = {
+        "doc": doc,
+        "kind": kind or type(default),
+        "unit": unit,
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+        "choices": choices,
+        "secret": secret,
+        "optional": default is None,
+        "ex_flux": ex_flux,
+    }
+    if isinstance(default, dict):
+        return cast("T", dataclasses.field(default_factory=dict, metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseOptions:
+    """One entry of ``influx_databases``."""
+
+    name: str = "celery"
+
+    transport: str = option(
+        "udp",
+        "How points are sent. A URL's scheme sets it: `udp://`, `http://`, `https://`.",
+        choices=("udp", "http"),
+        ex_flux="(UDP only) | `:udp` | HTTP writes say whether they arrived.",
+    )
+    host: str = option(
+        "localhost",
+        "Host name or address, IPv4 or IPv6, of the server.",
+        ex_flux="`host` | `localhost` | Same; looked up again after errors, IPv6 too.",
+    )
+    udp_port: int = option(
+        8089,
+        "Port of the UDP service. One such port writes into one database, which the server names.",
+        at_least=1,
+        at_most=65535,
+        ex_flux="`udp_port` | 8089 | Same.",
+    )
+    http_port: int = option(
+        8086,
+        "Port of the HTTP API, for `ping`, `query`, `post` and the transport `http`. "
+        "0: this server has none.",
+        at_least=0,
+        at_most=65535,
+        ex_flux="`http_port` | 8086 | Same; ours takes 0 where there is no HTTP.",
+    )
+    secure: bool = option(
+        False,
+        "Use HTTPS. The certificate is always verified.",
+        ex_flux="`secure?` | false | Same.",
+    )
+    ca_file: str | None = option(
+        None,
+        "File of certificates to trust instead of the system's, for HTTPS.",
+        kind=str,
+    )
+    database: str = option(
+        "",
+        "Name of the database on the server, for HTTP. Default: the entry's own name.",
+        ex_flux="`database` | (required) | Ours has a default: the entry's name.",
+    )
+    username: str | None = option(
+        None,
+        "User for HTTP basic authentication.",
+        kind=str,
+        ex_flux="`auth` | none | `{user, password}` there, two options here.",
+    )
+    password: str | None = option(
+        None,
+        "Password for HTTP basic authentication.",
+        kind=str,
+        secret=True,
+        ex_flux="`auth` | none | See `username`.",
+    )
+    token: str | None = option(
+        None,
+        "Token for HTTP (`Authorization: Token …`), instead of username and password.",
+        kind=str,
+        secret=True,
+    )
+    retention_policy: str | None = option(
+        None,
+        "Retention policy to write to and query by HTTP. Default: the database's default. "
+        "Over UDP the server's configuration decides.",
+        kind=str,
+        ex_flux="`retention_policy` | none | Same.",
+    )
+    epoch: str = option(
+        "ns",
+        "Unit of the times that `query` gives back.",
+        choices=("ns", "u", "ms", "s", "m", "h"),
+        ex_flux="`epoch` | none (text) | Integers of ns match the timestamps of points.",
+    )
+    precision: str = option(
+        "ns",
+        "Unit of the timestamps sent. Coarser than ns, points of one series in the same unit "
+        "overwrite each other. Over UDP it must be what the server's `[[udp]]` section says.",
+        choices=tuple(word.value for word in Precision),
+        ex_flux="`epoch` (on write) | none | ex_flux sends `us`, which 1.x silently takes as ns.",
+    )
+    batch_size: int = option(
+        5000,
+        "Most lines in one payload; so many waiting lines are sent at once.",
+        at_least=1,
+        at_most=1_000_000,
+        ex_flux="`batch_size` | 10 | Datagrams are bounded in bytes here, so more lines may wait.",
+    )
+    batch_bytes: int = option(
+        1_048_576,
+        "Longest HTTP body; so many waiting bytes are sent at once.",
+        unit="bytes",
+        at_least=1_024,
+        at_most=25_000_000,
+    )
+    datagram_bytes: int | None = option(
+        None,
+        "Longest datagram. Default: what the route to the server takes in one piece "
+        "(1,472 bytes on Ethernet, 65,507 on loopback).",
+        kind=int,
+        unit="bytes",
+        at_least=64,
+        at_most=65_507,
+    )
+    queue_size: int = option(
+        100_000,
+        "Most lines that wait; when full, the oldest is dropped and counted.",
+        at_least=1,
+        at_most=100_000_000,
+        ex_flux="`max_queue_size` | 100 | Enough for a second of heavy load.",
+    )
+    queue_bytes: int = option(
+        33_554_432,
+        "Most bytes that wait; when full, the oldest line is dropped and counted.",
+        unit="bytes",
+        at_least=1_024,
+    )
+    flush_interval: float = option(
+        1.0,
+        "Longest time a line waits for others before it is sent.",
+        unit="s",
+        above=0,
+        at_most=3600,
+        ex_flux="`flush_interval` | 10 s | Fresher charts; one wake-up a second costs nothing.",
+    )
+    pool_size: int = option(
+        2,
+        "UDP sockets, used in turn.",
+        at_least=1,
+        at_most=64,
+        ex_flux="`pool_size` | 5 | One thread sends; a second socket is there if one is refused.",
+    )
+    http_timeout: float = option(
+        5.0,
+        "Longest wait for a connection, and again for an answer.",
+        unit="s",
+        above=0,
+        at_most=600,
+        ex_flux="`http_opts` `timeout` | 5 s | Same; holds for connecting and reading.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All settings, named ``influx_…`` in Celery's configuration."""
+
+    databases: dict[str, DatabaseOptions] = option(
+        {},
+        "Name to URL, or to a mapping of the options below. "
+        "Default: one database, `celery`, on localhost.",
+    )
+    default_database: str = option(
+        "", "Entry that serves `app.influx` itself. Default: the first one."
+    )
+    tags: dict[str, Any] = option(
+        {},
+        "Tags of every point. A point's own tags win. `host` is there by itself; "
+        "`{'host': None}` takes it out.",
+    )
+    strict: bool = option(
+        False,
+        "Raise what is wrong with a point, instead of counting and logging it. For development.",
+    )
+    task_points: bool = option(True, "Write a `celery_task` point at the end of every task's run.")
+    task_ids: bool = option(
+        False, "Write the fields `id`, `root_id` and `parent_id` into `celery_task`."
+    )
+    enabled: bool = option(
+        True, "False: record nothing, start nothing, say nothing to the server."
+    )
+    allow_post: bool = option(
+        False,
+        "Register the helper task `celery_influx.post`, which may change and delete data.",
+    )
+    shutdown_timeout: float = option(
+        5.0, "Longest time to send what waits when a process ends.", unit="s", at_least=0
+    )
+
+
+def load(settings: Mapping[str, Any]) -> Options:
+    """Check ``settings`` (``influx_…`` keys, lower case) and make ``Options`` of them.
+
+    Raises:
+        ConfigError: Naming every mistake, a line each.
+    """
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    by_key = {f"influx_{field.name}": field for field in dataclasses.fields(Options)}
+    for key, value in settings.items():
+        if key in by_key:
+            _take(values, by_key[key], value, key, mistakes)
+        else:
+            mistakes.append(f"unknown setting {key!r}{_did_you_mean(key, by_key)}")
+    databases = {
+        name: _database(name, entry, mistakes)
+        for name, entry in (values.get("databases") or {"celery": {}}).items()
+    }
+    values["databases"] = databases
+    default = values.setdefault("default_database", "") or next(iter(databases))
+    values["default_database"] = default
+    if default not in databases:
+        expected = ", ".join(map(repr, databases))
+        mistakes.append(
+            f"influx_default_database: {default!r} is not in influx_databases; expected {expected}"
+        )
+    try:
+        Encoder(tags=values.get("tags"))
+    except PointError as error:
+        mistakes.append(f"influx_tags: {error}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return Options(**values)
+
+
+def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptions:
+    where = f"influx_databases[{name!r}]"
+    if not isinstance(name, str) or not name:
+        mistakes.append(f"{where}: expected a name that is a string, got {name!r}")
+        return DatabaseOptions()
+    given: Mapping[str, object]
+    if isinstance(entry, str):
+        given = _parse_url(entry, where, mistakes)
+    elif isinstance(entry, Mapping):
+        given = entry
+    else:
+        mistakes.append(
+            f"{where}: expected a URL (udp://host:8089, http://host:8086/database) "
+            f"or a mapping of options, got {type(entry).__name__}"
+        )
+        return DatabaseOptions()
+    by_key = {field.name: field for field in _option_fields(DatabaseOptions)}
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in by_key:
+            _take(values, by_key[key], value, f"{where}[{key!r}]", mistakes)
+        else:
+            mistakes.append(f"{where}: unknown option {key!r}{_did_you_mean(key, by_key)}")
+    if values.get("transport") == "http" and values.get("http_port") == 0:
+        mistakes.append(f"{where}['http_port']: expected a port for transport 'http', got 0")
+    if values.get("token") and (values.get("username") or values.get("password")):
+        mistakes.append(
+            f"{where}: both a token and a username or password; expected one of the two"
+        )
+    if bool(values.get("username")) != bool(values.get("password")):
+        missing = "password" if values.get("username") else "username"
+        mistakes.append(f"{where}: {missing!r} is missing; basic authentication needs both")
+    values["name"] = name
+    values["database"] = values.get("database") or name
+    return DatabaseOptions(**values)
+
+
+def _parse_url(url: str, where: str, mistakes: list[str]) -> dict[str, object]:
+    """The options that a URL stands for. The URL itself never gets into a message."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        # The error's own text may quote a part of a password.
+        mistakes.append(f"{where}: not a URL with a host and a numeric port; {_ENCODE}")
+        return {}
+    if parts.scheme not in ("udp", "http", "https"):
+        mistakes.append(
+            f"{where}: unknown scheme {parts.scheme!r}; expected udp://, http:// or https://"
+        )
+        return {}
+    if parts.fragment or "@" in parts.path:
+        mistakes.append(f"{where}: a '#' or a second '@' in the URL; {_ENCODE}")
+        return {}
+    values: dict[str, object] = {"transport": "udp" if parts.scheme == "udp" else "http"}
+    if host:
+        values["host"] = host
+    if port is not None:
+        values["udp_port" if parts.scheme == "udp" else "http_port"] = port
+    if parts.scheme == "https":
+        values["secure"] = True
+    if parts.username:
+        values["username"] = unquote(parts.username)
+    if parts.password:
+        values["password"] = unquote(parts.password)
+    if parts.path.strip("/"):
+        values["database"] = unquote(parts.path.strip("/"))
+    for key, value in parse_qsl(parts.query, keep_blank_values=True):
+        if key in values:
+            mistakes.append(f"{where}: {key!r} is given twice in the URL")
+        values[key] = _Text(value)
+    return values
+
+
+class _Text(str):
+    """A value from a URL's query: text that stands for whatever its option is."""
+
+    __slots__ = ()
+
+
+def _take(
+    values: dict[str, Any],
+    field: dataclasses.Field[Any],
+    value: object,
+    where: str,
+    mistakes: list[str],
+) -> None:
+    """Check one value against its option's declaration; keep it, or say what is wrong."""
+    rule = field.metadata
+    kind: type = rule["kind"]
+    if value is None and rule["optional"]:
+        values[field.name] = None
+        return
+    converted = _convert(value, kind)
+    low, high, above = rule["at_least"], rule["at_most"], rule["above"]
+    if (
+        converted is None
+        or (rule["choices"] and converted not in rule["choices"])
+        or (low is not None and converted < low)
+        or (high is not None and converted > high)
+        or (above is not None and converted <= above)
+    ):
+        got = f"a {type(value).__name__}" if rule["secret"] else repr(value)
+        mistakes.append(f"{where}: expected {expectation(field)}, got {got}")
+        return
+    values[field.name] = converted
+
+
+def _convert(value: object, kind: type) -> Any:
+    """``value`` as ``kind``, or None where it is something else."""
+    if isinstance(value, _Text):
+        try:
+            return _TRUTH[value.lower()] if kind is bool else kind(str(value))
+        except (ValueError, KeyError):
+            return None
+    if kind is dict:
+        return dict(value) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) and kind is not bool:
+        return None
+    if kind is float and isinstance(value, (int, float)):
+        return float(value) if abs(value) < float("inf") else None
+    if kind is str and isinstance(value, str):
+        # A choice may be given as an Enum that is a str: keep its plain value.
+        return str.__str__(value)
+    return value if isinstance(value, kind) else None
+
+
+def expectation(field: dataclasses.Field[Any]) -> str:
+    """What an option takes, in words: ``seconds greater than 0 and at most 3600``."""
+    rule = field.metadata
+    if rule["choices"]:
+        return "one of " + ", ".join(map(repr, rule["choices"]))
+    units = {"s": "seconds", "bytes": "a whole number of bytes"}
+    text = units.get(rule["unit"], _KINDS[rule["kind"]])
+    bounds = [
+        f"{words} {rule[bound]:g}" if rule["unit"] == "s" else f"{words} {rule[bound]}"
+        for bound, words in (
+            ("above", "greater than"),
+            ("at_least", "at least"),
+            ("at_most", "at most"),
+        )
+        if rule[bound] is not None
+    ]
+    text = " ".join([text, " and ".join(bounds)]).strip()
+    return f"{text} or None" if rule["optional"] else text
+
+
+def _option_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields of ``cls`` that were declared by ``option``."""
+    return [field for field in dataclasses.fields(cls) if field.metadata]
+
+
+def _did_you_mean(word: object, known: Mapping[str, object]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(str(word), known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return "; expected one of " + ", ".join(known)

@@ -1,0 +1,360 @@
+"""install(app) → Influx: an app's databases by name, and which of them works how in this process."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from celery.utils.log import current_process_index  # type: ignore[attr-defined]
+
+from celery_influx.counters import DROPPED, Counters
+from celery_influx.database import Database
+from celery_influx.errors import ConfigError
+from celery_influx.options import Options, load
+from celery_influx.relay import Relay
+from celery_influx.stamps import SLOTS, Stamps
+from celery_influx.timing import Timer
+
+if TYPE_CHECKING:
+    from celery_influx.queries import QueryResult
+    from celery_influx.transports.http import Ping
+
+logger = logging.getLogger(__name__)
+
+#: A topic exchange has keys without bound.
+_MOST_ROUTES = 1_000
+
+#: Every Influx of this process, for the hooks that Python calls after a fork and at exit.
+_installed: list[Influx] = []
+
+
+def install(app: Celery) -> Influx:
+    """Give ``app`` the plugin: ``app.influx``. Call it once, before or after configuring the app.
+
+    It reads no configuration, opens nothing and starts nothing. Calling it again changes nothing.
+    """
+    found = app.__dict__.get("influx")
+    if isinstance(found, Influx):
+        return found
+    from celery_influx import signals
+    from celery_influx.bootstep import InfluxStep
+
+    influx = Influx(app)
+    app.influx = influx  # type: ignore[attr-defined]
+    app.steps["worker"].add(InfluxStep)
+    if not _installed:
+        os.register_at_fork(after_in_child=_after_fork)
+        atexit.register(_at_exit)
+        signals.connect()
+    _installed.append(influx)
+    return influx
+
+
+def find(app: Celery | None) -> Influx | None:
+    """The plugin of ``app``, where it has one."""
+    found = getattr(app, "influx", None)
+    return found if isinstance(found, Influx) else None
+
+
+class Influx:
+    """What ``app.influx`` is: ``app.influx["name"]`` is a ``Database``; the default one answers here.
+
+    Configuration is read at the first use, or when the worker starts.
+
+    Raises:
+        ConfigError: From any method, at the first use: the configuration has mistakes.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._options: Options | None = None
+        self._databases: dict[str, Database] | None = None
+        self._worker: _Worker | None = None
+        self._lock = threading.RLock()
+        self._settled = False
+        self._queue_names: dict[tuple[str, str], str] = {}
+        #: Whether tasks run in greenlets, many to a thread.
+        self.is_green = False
+
+    # -- the user's side -------------------------------------------------------------------------
+
+    @property
+    def options(self) -> Options:
+        """The configuration, checked."""
+        if self._options is None:
+            self._options = load(_settings(self._app))
+        return self._options
+
+    def __getitem__(self, name: str) -> Database:
+        databases = self._open()
+        try:
+            return databases[name]
+        except KeyError:
+            expected = ", ".join(map(repr, databases))
+            raise ConfigError(
+                f"no database {name!r} in influx_databases; expected one of {expected}"
+            ) from None
+
+    def __iter__(self) -> Iterator[Database]:
+        return iter(self._open().values())
+
+    @property
+    def default(self) -> Database:
+        """The database that ``influx_default_database`` names."""
+        return self._open()[self.options.default_database]
+
+    def send_data(self, point: object, database: str | None = None) -> None:
+        """Queue ``point`` for ``database`` (default: the default one); see ``Database.send_data``."""
+        (self.default if database is None else self[database]).send_data(point)
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Flush the default database; see ``Database.flush``."""
+        return self.default.flush(timeout)
+
+    def ping(self, timeout: float | None = None) -> Ping:
+        """Ping the default database's server; see ``Database.ping``."""
+        return self.default.ping(timeout)
+
+    def query(self, statement: str, **options: Any) -> QueryResult:
+        """Query the default database; see ``Database.query``."""
+        return self.default.query(statement, **options)
+
+    def post(self, statement: str, **options: Any) -> QueryResult:
+        """Run any statement on the default database; see ``Database.post``."""
+        return self.default.post(statement, **options)
+
+    def timed(
+        self, name: str, *, tags: Mapping[str, Any] | None = None, database: str | None = None
+    ) -> Timer:
+        """Time a block or a function for this app; see ``timed``."""
+        return Timer(name, tags, database, self)
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Each database's account, by name; see ``Database.stats``."""
+        return {database.name: database.stats() for database in self}
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Send what waits everywhere and give all back; whether all went out in time.
+
+        Args:
+            timeout: Seconds for all databases together; default ``influx_shutdown_timeout``.
+        """
+        if self._databases is None:
+            return True
+        limit = self.options.shutdown_timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        relayed = True
+        if self._worker and self._worker.is_own():
+            relayed = self._worker.close_relay(limit)
+        # All are told first, so that one hung server does not use up the others' time.
+        for database in self:
+            database.finish(deadline)
+        closed = [database.close(max(0.0, deadline - time.monotonic())) for database in self]
+        return relayed and all(closed)
+
+    def __repr__(self) -> str:
+        names = list(self._databases) if self._databases is not None else "not opened yet"
+        return f"<Influx of {self._app.main!r} databases={names}>"
+
+    # -- the worker's side -----------------------------------------------------------------------
+
+    def start_worker(self, hostname: str, pool: str) -> None:
+        """In a worker, before its pool exists: check the configuration, and set out as the worker.
+
+        ``pool`` is the name of the pool's module in ``celery.concurrency``.
+
+        Raises:
+            ConfigError: The worker must not start.
+        """
+        early = self.stats() if self._settled else {}
+        self.close()
+        databases = self._open()
+        relay = None
+        self.is_green = pool in ("gevent", "eventlet")
+        if pool == "prefork" and self.options.enabled:
+            relay = Relay(self._take_relayed, self._count_broken)
+        self._worker = _Worker(hostname, Counters(len(databases), SLOTS if relay else 1), relay)
+        for number, database in enumerate(databases.values()):
+            self._worker.counters.add(number, early.get(database.name, {}))
+            database.begin_anew()
+        self._settled = False
+
+    def start(self) -> None:
+        """In a worker: start each database's batcher, and the reader of the relay."""
+        if self.options.enabled:
+            for database in self:
+                database.start()
+            if self._worker and self._worker.relay:
+                self._worker.relay.start()
+
+    def relayed(self, timeout: float) -> bool:
+        """In a worker: wait until all that its children wrote before is in the buffers."""
+        relay = self._worker.relay if self._worker and self._worker.is_own() else None
+        return relay.sync(timeout) if relay else True
+
+    def _take_relayed(self, number: int, lines: list[bytes]) -> None:
+        list(self)[number].send_lines(lines)
+
+    def _count_broken(self, number: int) -> None:
+        assert self._worker is not None
+        row = self._worker.counters.row(number)
+        row[DROPPED] += 1
+
+    # -- for the signals -------------------------------------------------------------------------
+
+    @property
+    def records_tasks(self) -> bool:
+        """Whether runs of tasks are written."""
+        options = self.options
+        return options.enabled and options.task_points
+
+    def queue_name(self, delivery_info: Mapping[str, Any]) -> str:
+        """The queue of a message that came by this exchange and routing key."""
+        exchange = delivery_info.get("exchange") or ""
+        key = delivery_info.get("routing_key") or ""
+        if not exchange:
+            return key  # the default exchange routes by the queue's own name
+        name = self._queue_names.get((exchange, key))
+        if name is None:
+            if len(self._queue_names) >= _MOST_ROUTES:
+                self._queue_names.clear()
+            matching = (
+                queue.name
+                for queue in self._app.amqp.queues.values()
+                if queue.exchange.name == exchange and queue.routing_key == key
+            )
+            name = self._queue_names[exchange, key] = next(matching, key)
+        return name
+
+    def count(self, counter: int) -> None:
+        """Count one for the default database; ``counter`` is one of ``counters``' numbers."""
+        self.default.count(counter)
+
+    # -- this process ----------------------------------------------------------------------------
+
+    def _open(self) -> dict[str, Database]:
+        if self._databases is None:
+            options = self.options
+            with self._lock:
+                if self._databases is None:
+                    self._databases = {
+                        name: Database(
+                            database,
+                            strict=options.strict,
+                            enabled=options.enabled,
+                            settle=self._settle,
+                            upstream=self.relayed,
+                        )
+                        for name, database in options.databases.items()
+                    }
+        return self._databases
+
+    def _settle(self) -> None:
+        """Find out what this process is, and let every database set out in it."""
+        with self._lock:
+            if self._settled:
+                return
+            databases = self._open()
+            worker, relay = self._worker, None
+            row = worker.row() if worker else None
+            if worker is None or row is None:
+                counters, row, slot = Counters(len(databases)), 0, os.getpid()
+            else:
+                counters, slot = worker.counters, worker.slot + row
+                relay = worker.relay if row else None
+            tags = {"host": socket.gethostname()}
+            if worker:
+                tags["worker"] = worker.hostname
+            stamps = Stamps(slot)
+            for number, database in enumerate(databases.values()):
+                database.begin(
+                    counters.row(number, row),
+                    partial(counters.total, number),
+                    stamps,
+                    {**tags, **self.options.tags},
+                    partial(relay.put, number) if relay else None,
+                )
+            self._settled = True
+
+    def after_fork(self) -> None:
+        """In a forked child, at once: begin anew, in ways that take no lock of the parent's."""
+        self._lock = threading.RLock()
+        self._settled = False
+        if self._worker:
+            self._worker.after_fork()
+        for database in (self._databases or {}).values():
+            database.begin_anew()
+
+
+class _Worker:
+    """What the processes of one worker share: made by the worker, before its pool forks."""
+
+    def __init__(self, hostname: str, counters: Counters, relay: Relay | None) -> None:
+        self.hostname = hostname
+        self.counters = counters
+        self.relay = relay
+        self.slot = random.randrange(SLOTS)  # of row 0; each row has the next one
+        self._pid = os.getpid()
+        self._generation = 0
+
+    def is_own(self) -> bool:
+        """Whether this process is the worker itself."""
+        return os.getpid() == self._pid
+
+    def row(self) -> int | None:
+        """This process's row: 0 the worker's, then the pool children's; None: it has none."""
+        if self.is_own():
+            return 0
+        if self.relay and self._generation == 1:
+            # Billiard numbers its pool's children: from 1, and no two living ones the same. Any
+            # other child of the worker (beat, a user's own) has no number.
+            number = current_process_index()
+            if number is not None and number < self.counters.rows:
+                return int(number)
+            self.relay.leave()
+        return None
+
+    def after_fork(self) -> None:
+        """In any forked process: only the worker's own children may be pool children."""
+        self._generation += 1
+        if self.relay:
+            self.relay.after_fork()
+            if self._generation > 1:
+                self.relay.leave()
+
+    def close_relay(self, timeout: float) -> bool:
+        """Deliver what the children wrote; whether all of it was read in time."""
+        return self.relay.close(timeout) if self.relay else True
+
+
+def _settings(app: Celery) -> dict[str, Any]:
+    """All ``influx_…`` settings of ``app``, by plain lower-case name."""
+    prefix = (getattr(app.conf, "prefix", None) or "").lower()
+    found = {}
+    # `keys()` first: the configuration is loaded by the first access.
+    for key in list(app.conf):
+        name = key.lower() if isinstance(key, str) else ""
+        if prefix and name.startswith(prefix):
+            name = name[len(prefix) :]
+        if name.startswith("influx_"):
+            found[name] = app.conf.get(name, app.conf.get(key))
+    return found
+
+
+def _after_fork() -> None:
+    for influx in _installed:
+        influx.after_fork()
+
+
+def _at_exit() -> None:
+    for influx in _installed:
+        influx.close()

@@ -1,0 +1,287 @@
+"""The pipe from pool children to their worker: a line written by a child outlives the child.
+
+Frames, each written whole by one ``write`` of at most ``PIPE_BUF`` bytes, which POSIX makes
+atomic: any number of children share the pipe without a lock, and one that is killed leaves
+nothing half-written. Lengths part the frames, not newlines: a string field may hold a newline.
+
+.. code-block:: text
+
+    frame     length:u16 kind:u8 database:u8 body[length]
+    LINE      body is the line
+    FRAGMENT  body is pid:u32 serial:u32 index:u16 count:u16, then a part of a long line
+    SYNC      body is serial:u32; written by the worker to itself, to know how far it has read
+    2 and 3   free, for the start and the end of a task's run
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import logging
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_PIPE_BUF = 4096  # Linux's; POSIX promises 512, and macOS has that
+_HEADER = struct.Struct("<HBB")
+_PART = struct.Struct("<IIHH")
+_SERIAL = struct.Struct("<I")
+LINE, FRAGMENT, SYNC = 0, 1, 4
+_LONGEST = _PIPE_BUF - _HEADER.size
+_LONGEST_PART = _LONGEST - _PART.size
+#: A line of more parts than this has no transport either.
+_MOST_PARTS = 65_535
+
+#: Users other than root have 64 MiB of pipes in all, so ask for a part of the most there is.
+_CAPACITY = 262_144
+_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+
+
+class Relay:
+    """One pipe, made by a worker before its pool forks.
+
+    The worker reads it in a thread that does nothing else, and never touches the network; its
+    children write. Any other process calls ``leave`` and has nothing to do with it.
+
+    Args:
+        deliver: Called in the reader's thread with a database's number and lines for it.
+        lost: Called in the reader's thread with a database's number for a long line of which a
+            part is missing, its writer having given up or died.
+    """
+
+    #: Longest that a child waits for room in the pipe.
+    PATIENCE = 0.005
+
+    def __init__(
+        self,
+        deliver: Callable[[int, list[bytes]], None],
+        lost: Callable[[int], None],
+    ) -> None:
+        self._deliver = deliver
+        self._lost = lost
+        self.owner = os.getpid()
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)  # of this end only: reading still waits
+        self._inode = os.fstat(self._write_fd).st_ino
+        try:
+            fcntl.fcntl(self._write_fd, _F_SETPIPE_SZ, _CAPACITY)
+        except OSError:
+            logger.debug("the relay's pipe keeps its size", exc_info=True)
+        self._serials = itertools.count(1)
+        self._impatient = False
+        self._parts: dict[tuple[int, int], tuple[int, list[bytes]]] = {}
+        self._synced = 0
+        self._read_all = threading.Condition()
+        self._reader: threading.Thread | None = None
+
+    # -- in the worker ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the reader's thread."""
+        self._reader = threading.Thread(
+            target=self._read, name="celery_influx relay", daemon=True
+        )
+        self._reader.start()
+
+    def sync(self, timeout: float) -> bool:
+        """Wait until all that was written before this call is delivered; whether it came to that.
+
+        The pipe is first in, first out: so the worker writes a mark, and waits for it to arrive.
+        """
+        if self._reader is None:
+            return False
+        serial = next(self._serials)
+        deadline = time.monotonic() + timeout
+        mark = _HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(serial)
+        while not self._write(mark, max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                return False
+        with self._read_all:
+            return self._read_all.wait_for(
+                lambda: self._synced >= serial, max(0.0, deadline - time.monotonic())
+            )
+
+    def close(self, timeout: float) -> bool:
+        """Deliver what is in the pipe, end the reader, close both ends. Idempotent.
+
+        To be called when no child is left; one that is gets EPIPE from then on.
+        """
+        if self._reader is None:
+            return True
+        done = self.sync(timeout)
+        reader, self._reader = self._reader, None
+        # The reader sees that it is not wanted at the next frame.
+        self._write(_HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(next(self._serials)), 0.1)
+        reader.join(timeout)
+        if reader.is_alive():
+            return False  # it still reads: its numbers must stay its own
+        for database, _ in self._parts.values():
+            self._lost(database)
+        self._parts.clear()
+        self.leave()
+        return done
+
+    # -- in a forked process ---------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In any forked process, at once: close the end to read from.
+
+        While anyone has it open, a child whose worker is dead would fill the pipe unheard.
+        """
+        self._reader = None
+        self._read_fd = self._close(self._read_fd)
+
+    def leave(self) -> None:
+        """Close what is open of the pipe: this process does not write to it."""
+        self._read_fd = self._close(self._read_fd)
+        self._write_fd = self._close(self._write_fd)
+
+    def put(self, database: int, line: bytes) -> bool:
+        """Write one line for ``database``; False if it was not, and nobody else counts it.
+
+        Waits at most ``PATIENCE`` seconds where the pipe is full, and not at all after a line
+        was dropped, until one gets through again. Never raises, whatever became of the worker.
+        """
+        if len(line) <= _LONGEST:
+            frame = _HEADER.pack(len(line), LINE, database) + line
+            return self._write(frame, 0.0 if self._impatient else self.PATIENCE)
+        return self._put_parts(database, line)
+
+    def _put_parts(self, database: int, line: bytes) -> bool:
+        parts = [line[i : i + _LONGEST_PART] for i in range(0, len(line), _LONGEST_PART)]
+        if len(parts) > _MOST_PARTS:
+            return False
+        serial = next(self._serials) % 2**32
+        pid = os.getpid()
+        for index, part in enumerate(parts):
+            head = _HEADER.pack(_PART.size + len(part), FRAGMENT, database)
+            frame = head + _PART.pack(pid, serial, index, len(parts)) + part
+            if not self._write(frame, 0.0 if self._impatient else self.PATIENCE):
+                # The reader counts a line that began and did not end.
+                return index > 0
+        return True
+
+    def _write(self, frame: bytes, patience: float) -> bool:
+        try:
+            os.write(self._write_fd, frame)
+        except BlockingIOError:
+            if patience and self._wait_for_room(patience):
+                return self._write(frame, 0.0)
+            self._impatient = True
+            return False
+        except OSError:
+            # EPIPE: the worker is gone. EBADF: this process has closed all its files.
+            self._impatient = True
+            return False
+        self._impatient = False
+        return True
+
+    def _wait_for_room(self, patience: float) -> bool:
+        poll = select.poll()  # select() cannot take numbers over 1,023
+        poll.register(self._write_fd, select.POLLOUT)
+        try:
+            return bool(poll.poll(patience * 1000))
+        except OSError:
+            return False
+
+    def _close(self, fd: int) -> int:
+        """Close ``fd`` if it still is this pipe: beat closes all files, and others get the numbers."""
+        try:
+            if fd >= 0 and os.fstat(fd).st_ino == self._inode:
+                os.close(fd)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+        return -1
+
+    # -- the reader's thread ---------------------------------------------------------------------
+
+    def _read(self) -> None:
+        me = threading.current_thread()
+        rest = b""
+        while self._reader is me:
+            try:
+                data = os.read(self._read_fd, _CAPACITY)
+                if not data:
+                    return
+                rest = self._take_apart(rest + data if rest else data)
+            except OSError:
+                return  # closed under us: the worker is ending
+            except Exception:
+                # A reader that dies would leave every child with a full pipe.
+                logger.exception("the relay could not deliver what it read")
+                rest = b""
+
+    def _take_apart(self, data: bytes) -> bytes:
+        """Deliver the whole frames in ``data``; the beginning of one that is not whole yet."""
+        lines: dict[int, list[bytes]] = {}
+        synced = 0
+        position, end = 0, len(data)
+        while end - position >= 4:  # the header's size, written out: this loop is the hot one
+            length, kind, database = _HEADER.unpack_from(data, position)
+            start = position + 4
+            if start + length > end:
+                break
+            position = start + length
+            if kind == LINE:
+                try:
+                    lines[database].append(data[start:position])
+                except KeyError:
+                    lines[database] = [data[start:position]]
+            elif kind == FRAGMENT:
+                line = self._join(database, data[start:position])
+                if line is not None:
+                    lines.setdefault(database, []).append(line)
+            elif kind == SYNC:
+                (synced,) = _SERIAL.unpack_from(data, start)
+        for database, found in lines.items():
+            self._deliver(database, found)
+        if synced:
+            with self._read_all:
+                self._synced = synced
+                self._read_all.notify_all()
+        return data[position:]
+
+    def _join(self, database: int, body: bytes) -> bytes | None:
+        """Keep one part of a long line; the line, if this was its last part."""
+        pid, serial, index, count = _PART.unpack_from(body)
+        part = body[_PART.size :]
+        if index == 0:
+            self._forget_broken(pid)
+            self._parts[pid, serial] = (database, [part])
+            return None
+        found = self._parts.get((pid, serial))
+        if found is None or len(found[1]) != index:
+            return None
+        found[1].append(part)
+        if index + 1 < count:
+            return None
+        del self._parts[pid, serial]
+        return b"".join(found[1])
+
+    #: A process's threads may each be in the middle of a long line.
+    _MOST_OPEN = 64
+
+    def _forget_broken(self, pid: int) -> None:
+        """Count and drop the long lines that will not be finished: bounded, whoever dies."""
+        mine = [key for key in self._parts if key[0] == pid]
+        dead = [key for key in self._parts if key[0] != pid and not _alive(key[0])]
+        for key in dead + mine[: max(0, len(mine) - self._MOST_OPEN + 1)]:
+            database, _ = self._parts.pop(key)
+            self._lost(database)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

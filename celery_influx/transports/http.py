@@ -1,0 +1,648 @@
+"""InfluxDB's HTTP API, version 1: write, ping, query, post. One attempt each, by requests.
+
+Redirects are not followed, certificates are always verified, credentials travel in a header
+only. Rules: https://docs.influxdata.com/influxdb/v1/tools/api/; where influxd 1.6.7 says more
+than its documentation, the comments here do.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
+
+from celery_influx.errors import QueryError, SendError
+from celery_influx.queries import (
+    EPOCHS,
+    QueryResult,
+    count_statements,
+    encode_params,
+    parse_answer,
+    parse_json,
+    require_read_only,
+)
+
+if TYPE_CHECKING:
+    import requests
+    from typing_extensions import Self
+
+    from celery_influx.options import DatabaseOptions
+
+_WORDS = 500
+_LONGEST_GET = 8_000
+_UNPARSABLE = "unable to parse '"
+_DROPPED = re.compile(r"dropped=(\d+)\s*$")
+_MEND = {
+    "401": "set 'username' and 'password', or 'token', to what the server knows",
+    "403": "give the user the right to do this",
+    "404": "create the database, or correct 'database' and 'http_port'",
+    "413": "lower 'batch_bytes' below the server's max-body-size",
+}
+
+
+def load() -> None:
+    """Import requests now: 86 ms of CPU that a worker spends before it starts its threads."""
+    import requests  # noqa: F401
+
+
+class Ping(NamedTuple):
+    """A server's answer to a ping.
+
+    Attributes:
+        version: As the server names it; VictoriaMetrics does not.
+        seconds: The round trip.
+    """
+
+    version: str | None
+    seconds: float
+
+
+class HTTPClient:
+    """One database over HTTP. Opens nothing until the first request.
+
+    ``ping``, ``query`` and ``post`` may be called by several threads at once, beside the one that
+    writes. Connections are kept open and reused, up to ten of them. Proxies come from the
+    environment (``HTTPS_PROXY``, ``NO_PROXY``) except for loopback addresses, which never go
+    through one; ``.netrc`` is not read.
+
+    Args:
+        options: Where the database is, and the credentials.
+        clock: Seconds for timing a ping and for limiting how long an error's text is read.
+
+    Attributes:
+        rejection: The server's words on the lines that the last ``write`` says were rejected.
+        retry_after: Seconds the server asked to wait, where the last ``write`` failed with such
+            a wish.
+    """
+
+    def __init__(
+        self, options: DatabaseOptions, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.rejection: str | None = None
+        self.retry_after: float | None = None
+        self._options = options
+        self._clock = clock
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        scheme = "https" if options.secure else "http"
+        self._root = f"{scheme}://{host}:{options.http_port}"
+        self._database = options.database or options.name
+        self._write_params = {"db": self._database, "precision": options.precision}
+        if options.retention_policy:
+            self._write_params["rp"] = options.retention_policy
+        # The process that opened the session stands beside it: another must not use it.
+        self._session: tuple[int, requests.Session] | None = None
+        self._inherited: list[object] = []
+
+    @property
+    def max_bytes(self) -> int:
+        """Longest payload one ``write`` takes."""
+        return self._options.batch_bytes
+
+    @property
+    def address(self) -> str:
+        """Where it sends, for people: no secret in it."""
+        return f"{self._root}/{quote(self._database)}"
+
+    def write(self, payload: bytes) -> int:
+        """Send lines; the number of them that the server says it rejected, the rest being stored.
+
+        ``rejection`` then holds the server's words, 500 characters of them at most. InfluxDB
+        does not count unparsable lines that come together with lines refused for another
+        reason, a field's type for instance.
+
+        Raises:
+            SendError: Nothing arrived, or nothing was stored. ``cause`` is the HTTP status, or
+                ``"conflict"``: two types for one new field, where InfluxDB stores nothing at the
+                first attempt and all but the conflicting points at the second; or one of
+                ``"timeout"``, ``"dns"``, ``"tls"``, ``"connection"``, or an errno's name.
+        """
+        self.rejection = self.retry_after = None
+        with self._request("POST", "/write", params=self._write_params, data=payload) as answer:
+            if answer.status == 204:
+                answer.finish()
+                return 0
+            # An error quotes every bad line, so it may be as long as the payload, and more in
+            # JSON's escapes.
+            words = answer.words(limit=65_536 + 6 * len(payload))
+            if answer.status == 400:
+                rejected = _rejected(words, payload)
+                if rejected:
+                    self.rejection = self._clean(words)
+                    return rejected
+                if words.startswith("field type conflict"):
+                    raise SendError(f"{self.address}: {self._clean(words)}", "conflict")
+            self.retry_after = _retry_after(answer.header("Retry-After"))
+            raise self._refused(answer, words, "204")
+
+    def ping(self, timeout: float | None = None) -> Ping:
+        """Ask whether the server is up. InfluxDB answers this without looking at credentials.
+
+        Args:
+            timeout: Longest wait for a connection, and again for an answer, in seconds; default:
+                ``http_timeout``.
+
+        Raises:
+            SendError: It is not up, and why.
+        """
+        started = self._clock()
+        with self._request("GET", "/ping", timeout=timeout) as answer:
+            seconds = self._clock() - started
+            if answer.status != 204:
+                raise self._refused(answer, answer.words(), "204")
+            answer.finish()
+            return Ping(answer.header("X-Influxdb-Version"), seconds)
+
+    def query(
+        self,
+        statement: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        database: str | None = None,
+        retention_policy: str | None = None,
+        epoch: str | None = None,
+        chunked: bool | int = False,
+        timeout: float | None = None,
+    ) -> QueryResult:
+        """Run statements that only read.
+
+        Args:
+            statement: InfluxQL; several statements are parted by ``;``.
+            params: Values for ``$name`` in the statement: strings, numbers and booleans, and
+                ``{"duration": "1h"}``, ``{"identifier": "name"}``, ``{"regex": ".*"}``. Never
+                format values into the statement. VictoriaMetrics does not know them.
+            database: Default: the option ``database``.
+            retention_policy: Default: the option of that name.
+            epoch: Unit of the times in the answer: ns, u, ms, s, m or h. Default: the option.
+            chunked: Let the server send the answer in pieces, which its ``max-row-limit`` does
+                not cut: True for pieces of 10,000 rows, or the number of rows.
+            timeout: Longest wait, in seconds, for a connection, and for each piece of the answer.
+                Default: ``http_timeout``.
+
+        Raises:
+            QueryError: A statement may write, or cannot be read for sure: nothing was sent; or
+                the server refused it, or a value in ``params`` cannot be bound.
+            SendError: The server did not answer.
+        """
+        require_read_only(statement)
+        fields = self._fields(statement, params, database, retention_policy, epoch)
+        if chunked:
+            fields["chunked"] = "true"
+            if chunked is not True:
+                fields["chunk_size"] = str(chunked)
+        # Proxies and servers refuse long request lines; what only reads may go by POST as well.
+        length = sum(len(quote(value)) for value in fields.values())
+        method = "GET" if length < _LONGEST_GET else "POST"
+        return self._ask(method, fields, timeout, count_statements(statement))
+
+    def post(
+        self,
+        statement: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        database: str | None = None,
+        retention_policy: str | None = None,
+        epoch: str | None = None,
+        timeout: float | None = None,
+    ) -> QueryResult:
+        """Run any statements, also such as change or delete data. Arguments as for ``query``.
+
+        Raises:
+            QueryError: The server refused one of them; those before it were carried out.
+            SendError: The server did not answer; the statements may have been carried out.
+        """
+        fields = self._fields(statement, params, database, retention_policy, epoch)
+        return self._ask("POST", fields, timeout)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connections without closing them."""
+        # Kept: its finalisers would close file numbers that may be others' by now.
+        session, self._session = self._session, None
+        self._inherited.append(session)
+
+    def close(self) -> None:
+        """Close the connections. Idempotent; the next request opens new ones."""
+        session, self._session = self._session, None
+        if session and session[0] == os.getpid():
+            session[1].close()
+        elif session:
+            self._inherited.append(session)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        options = self._options
+        auth = "token" if options.token else "basic" if options.username else "none"
+        session = self._session
+        opened = bool(session and session[0] == os.getpid())
+        return f"<HTTPClient {self.address} auth={auth} open={opened}>"
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _fields(
+        self,
+        statement: str,
+        params: Mapping[str, Any] | None,
+        database: str | None,
+        retention_policy: str | None,
+        epoch: str | None,
+    ) -> dict[str, str]:
+        epoch = self._options.epoch if epoch is None else epoch
+        if epoch not in EPOCHS:
+            raise QueryError(f"epoch: expected one of {', '.join(EPOCHS)}; got {epoch!r}")
+        fields = {
+            "q": statement,
+            "db": self._database if database is None else database,
+            "epoch": epoch,
+        }
+        policy = retention_policy or self._options.retention_policy
+        if policy:
+            fields["rp"] = policy
+        if params:
+            fields["params"] = encode_params(params)
+        for name, value in fields.items():
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise QueryError(f"{name}: half a surrogate pair is no text; expected Unicode text")
+        return fields
+
+    def _ask(
+        self, method: str, fields: dict[str, str], timeout: float | None, statements: int = 0
+    ) -> QueryResult:
+        sent = {"params": fields} if method == "GET" else {"data": fields}
+        with self._request(method, "/query", timeout=timeout, **sent) as answer:
+            if answer.status != 200:
+                words = answer.words()
+                if answer.status == 400 and answer.is_influx:
+                    raise QueryError(f"the server answered: {self._clean(words)}")
+                raise QueryError(str(self._refused(answer, words, "200")))
+            chunked = "chunked" in fields
+            documents = []
+            text = ""
+            try:
+                for text in answer.lines() if chunked else [answer.text()]:
+                    documents.append(parse_json(text))
+            except (ValueError, RecursionError):
+                documents = []
+            if not documents:
+                kind = answer.header("Content-Type") or "no content type"
+                raise QueryError(
+                    f"{self.address}: expected JSON, got {kind}: {self._clean(text)!r}; "
+                    "is this InfluxDB's HTTP API?"
+                )
+        return parse_answer(documents, chunked=chunked, statements=statements)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: float | None = None,
+        params: dict[str, str] | None = None,
+        data: bytes | dict[str, str] | None = None,
+    ) -> _Answer:
+        import requests
+
+        seconds = self._options.http_timeout if timeout is None else timeout
+        try:
+            response = self._opened().request(
+                method,
+                self._root + path,
+                params=params,
+                data=data,
+                timeout=seconds,
+                # Given here, and not to the session: REQUESTS_CA_BUNDLE would win over that.
+                verify=self._options.ca_file or True,
+                allow_redirects=False,
+                stream=True,
+            )
+            return _Answer(response, self._failure, seconds, self._clock)
+        except (requests.RequestException, OSError, ValueError) as error:
+            failure = self._failure(error, seconds)
+        # Raised out here, or the error of requests, which holds the URL, would hang on to it.
+        raise failure
+
+    def _opened(self) -> requests.Session:
+        """This process's session. Two threads may make one each at first: the later one stays."""
+        opened = self._session
+        if opened and opened[0] == os.getpid():
+            return opened[1]
+        self.abandon()
+        from http.cookiejar import DefaultCookiePolicy
+
+        import requests
+
+        session = requests.Session()
+        session.auth = _Credentials(self._options)
+        session.headers["User-Agent"] = "celery_influx"
+        session.trust_env = not _loopback(self._options.host)
+        # Cookies would be the one thing that answers change in a session shared by threads.
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._session = (os.getpid(), session)
+        return session
+
+    # -- what went wrong -------------------------------------------------------------------------
+
+    def _failure(self, error: BaseException, seconds: float) -> SendError:
+        """``error`` in our words: those of requests hold URLs, and proxies' passwords."""
+        ca_file = self._options.ca_file if self._options.secure else None
+        cause, happened, mend = _why(error, ca_file)
+        if cause == "timeout":
+            happened = f"no answer within {seconds:g} s"
+        return SendError(f"{self.address}: {happened} ({cause}); {mend}", cause)
+
+    def _refused(self, answer: _Answer, words: str, expected: str) -> SendError:
+        status = str(answer.status)
+        said = f": {self._clean(words)}" if words else ""
+        mend = f"; {_MEND[status]}" if status in _MEND else ""
+        if answer.status // 100 == 3:
+            target = self._clean(answer.header("Location") or "nowhere")
+            said, mend = f", which points to {target}", "; redirects are not followed: set that URL"
+        return SendError(f"{self.address}: expected {expected}, got {status}{said}{mend}", status)
+
+    def _clean(self, words: str) -> str:
+        """Words of the server for a log: shortened, and without our own secrets in them."""
+        for secret in (self._options.password, self._options.token):
+            if secret:
+                words = words.replace(secret, "***")
+        return words if len(words) <= _WORDS else words[: _WORDS - 1] + "…"
+
+
+class _Credentials:
+    """Puts the credentials into the header. With none it still keeps requests from .netrc."""
+
+    def __init__(self, options: DatabaseOptions) -> None:
+        header = ""
+        if options.token:
+            header = f"Token {options.token}"
+        elif options.username:
+            pair = f"{options.username}:{options.password or ''}"
+            header = "Basic " + b64encode(pair.encode()).decode()
+        # http.client writes headers as latin-1; so these bytes go out as they are.
+        self._header = header.encode().decode("latin-1")
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._header:
+            request.headers["Authorization"] = self._header
+        return request
+
+
+class _Answer:
+    """A response whose body is read here, so that its errors and its length are ours to limit.
+
+    Leaving the ``with`` block closes the connection, unless the body was read to its end.
+    """
+
+    def __init__(
+        self,
+        response: requests.Response,
+        failure: Callable[[BaseException, float], SendError],
+        seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.status = response.status_code
+        self._response = response
+        self._failure = failure
+        self._seconds = seconds
+        self._clock = clock
+        self._whole = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._whole:
+            self._response.close()
+
+    def header(self, name: str) -> str | None:
+        """The value of a header."""
+        value: str | None = self._response.headers.get(name)
+        return value
+
+    @property
+    def is_influx(self) -> bool:
+        """Whether InfluxDB itself answered, rather than something in front of it."""
+        return "X-Influxdb-Version" in self._response.headers
+
+    def finish(self) -> None:
+        """Read a body that should be empty, so that the connection can be used again."""
+        self._read(limit=65_536)
+
+    def text(self) -> str:
+        """The whole body.
+
+        Raises:
+            SendError: It ended too soon, or stalled.
+        """
+        return b"".join(self._pieces()).decode("utf-8", "replace")
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the body as they come: a chunk each, whose own newlines JSON escapes.
+
+        Raises:
+            SendError: It ended too soon, or stalled.
+        """
+        rest = bytearray()
+        for piece in self._pieces():
+            rest += piece
+            if b"\n" in piece:
+                *lines, rest = rest.split(b"\n")
+                yield from (line.decode("utf-8", "replace") for line in lines if line.strip())
+        if rest.strip():
+            yield rest.decode("utf-8", "replace")
+
+    def words(self, limit: int = 65_536) -> str:
+        """What an error says: the text in its JSON, or its body; of ``limit`` bytes at most.
+
+        What arrives within the timeout is taken; an error while reading an error is no news.
+        """
+        try:
+            body = self._read(limit)
+        except SendError:
+            return ""
+        text = body.decode("utf-8", "replace")
+        try:
+            found = parse_json(text)
+            # InfluxDB 2 says "message".
+            return str(found.get("error") or found.get("message") or text)
+        except (ValueError, RecursionError, AttributeError):
+            return " ".join(text.split())
+
+    def _read(self, limit: int) -> bytes:
+        """The body, or what of it arrives within the timeout, to about ``limit`` bytes."""
+        end = self._clock() + self._seconds
+        body = bytearray()
+        for piece in self._pieces():
+            body += piece
+            if len(body) > limit or self._clock() > end:
+                break
+        return bytes(body)
+
+    def _pieces(self) -> Iterator[bytes]:
+        import urllib3
+
+        raw = self._response.raw
+        # read() waits for all it was asked for, be it a byte in a minute; read1() for something.
+        read, size = (raw.read1, 65_536) if hasattr(raw, "read1") else (raw.read, 1_024)
+        while True:
+            try:
+                piece = read(size, decode_content=True)
+                failure = None
+            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                failure = self._failure(error, self._seconds)
+            if failure:
+                raise failure
+            if not piece:
+                self._whole = True
+                return
+            yield piece
+
+
+def _rejected(words: str, payload: bytes) -> int:
+    """How many lines of ``payload`` a 400 says were rejected; 0 where it speaks of other things."""
+    partial = words.startswith("partial write: ")
+    reason = words.removeprefix("partial write: ")
+    if not reason.startswith(_UNPARSABLE):
+        dropped = _DROPPED.search(words) if partial else None
+        return int(dropped[1]) if dropped else 0
+    lines = list(_lines(payload.decode("utf-8", "replace")))
+    if not partial:
+        return len(lines)
+    # The text quotes each bad line, in order, and a line may hold anything, such words too:
+    # so step over the very lines that were sent.
+    count, start, at = 0, 0, 0
+    while at >= 0:
+        count += 1
+        at += len(_UNPARSABLE)
+        for index in range(start, len(lines)):
+            if reason.startswith(lines[index] + "': ", at):
+                at += len(lines[index])
+                start = index + 1
+                break
+        at = reason.find("\n" + _UNPARSABLE, at) + 1 or -1
+    return min(count, len(lines))
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines that InfluxDB sees: a newline inside a string field does not end one."""
+    # A quote counts only where a field's value may stand: names may hold quotes as well.
+    start = values = 0
+    quoted = fields = False
+    for match in re.finditer(r'\\.|[ ="\n,]|[^\\ ="\n,]+', text + "\n", re.DOTALL):
+        token = match.group()
+        if token == "\n" and (not quoted or match.end() > len(text)):
+            line = text[start : match.start()].lstrip(" \t")
+            if line and not line.startswith("#"):
+                yield line
+            start, values, quoted, fields = match.end(), 0, False, False
+        elif token == " ":
+            fields = True
+        elif fields and token == '"' and values > 0:
+            quoted = not quoted
+        elif fields and not quoted:
+            values += {"=": 1, ",": -1}.get(token, 0)
+
+
+def _retry_after(value: str | None, clock: Callable[[], float] = time.time) -> float | None:
+    """Seconds of a ``Retry-After`` header: a number, or the time of an HTTP date from now."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(int(value)))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - clock())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
+    """Cause, what happened, and what to do, from the chain of exceptions behind ``error``."""
+    chain = list(_chain(error))
+    names = {type(each).__name__ for each in chain}
+    for each in chain:
+        if isinstance(each, socket.gaierror):
+            return "dns", "the host's name is unknown", "correct 'host'"
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return (
+                "tls",
+                f"the certificate is not trusted: {each.verify_message}",
+                "set 'ca_file' to the certificate of who signed it",
+            )
+        if isinstance(each, ssl.SSLError):
+            return (
+                "tls",
+                f"no TLS connection: {each.reason or type(each).__name__}",
+                "does this port speak HTTPS, and is 'ca_file' a file of PEM certificates?",
+            )
+    if any(isinstance(each, TimeoutError) for each in chain) or names & {
+        "ConnectTimeout",
+        "ReadTimeout",
+        "ReadTimeoutError",
+        "ConnectTimeoutError",
+    }:
+        return "timeout", "", "is the server overloaded, or 'http_timeout' too short?"
+    if ca_file and not os.access(ca_file, os.R_OK):
+        return "tls", f"ca_file {ca_file!r} cannot be read", "expected a file of PEM certificates"
+    if "ProxyError" in names:
+        return "connection", "the proxy failed", "correct HTTP_PROXY, HTTPS_PROXY or NO_PROXY"
+    for each in chain:
+        number = (isinstance(each, OSError) and each.errno) or 0
+        if number in errno.errorcode:
+            return (
+                errno.errorcode[number],
+                os.strerror(number).lower(),
+                "is the server running, and are 'host' and 'http_port' right?",
+            )
+    return (
+        "connection",
+        f"the connection failed: {type(chain[-1]).__name__}",
+        "is this InfluxDB's HTTP port, and is 'secure' right?",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and all that it was made of: causes, contexts, arguments."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop(0)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        inner = (each.__cause__, each.__context__, getattr(each, "reason", None), *each.args)
+        waiting += [found for found in inner if isinstance(found, BaseException)]
+
+
+def _loopback(host: str) -> bool:
+    """Whether ``host`` is this machine, by its name or address alone."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
