@@ -19,8 +19,6 @@ from celery_influx.plugin import Influx, install
 from celery_influx.point import Point, Precision
 from celery_influx.timing import timed
 
-
-
 __all__ = [  # noqa: RUF022 - in the order of the docs
     "__version__",
     # the plugin

@@ -1,4 +1,4 @@
-"""The one thread per database: wait for lines, take a payload's worth, deliver, drain at the end."""
+"""The one thread per database: wait for lines, take a payload's worth, deliver; drain at last."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ class Batcher:
         self._settled = 0  # lines taken from the buffer whose fate is known
         self._failed = 0  # of these, the ones that did not go out
         self._deadline: float | None = None  # set by close: when to stop, however much waits
-        self._thread = threading.Thread(
-            target=self._run, name=f"celery_influx {name}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name=f"celery_influx {name}", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:

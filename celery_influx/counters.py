@@ -66,8 +66,7 @@ class Counters:
         step = self._databases * width
         start = database * width
         sums = {
-            name: sum(self._cells[start + offset :: step])
-            for offset, name in enumerate(COUNTERS)
+            name: sum(self._cells[start + offset :: step]) for offset, name in enumerate(COUNTERS)
         }
         settled = sums["sent"] + sums["dropped"] + sums["lost"] + sums["rejected"]
         # The rows are read one after another, so a point may be seen sent before it is seen made.

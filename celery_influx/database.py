@@ -119,7 +119,8 @@ class Database:
 
     def send_lines(self, lines: list[bytes]) -> None:
         """Queue encoded lines that others have counted: the relay's, from pool children."""
-        self._settled()._queue(lines)
+        self._settled()
+        self._queue(lines)
 
     def _reject(self, error: PointError) -> None:
         self._settled()
@@ -143,7 +144,7 @@ class Database:
         return self._batcher.flush(max(0.0, deadline - time.monotonic())) and arrived
 
     def finish(self, deadline: float) -> None:
-        """Begin to close: send what waits until ``deadline`` (``time.monotonic``). Returns at once."""
+        """Begin to close: send what waits until ``deadline`` (``time.monotonic``)."""
         if self._batcher:
             self._batcher.finish(deadline)
 
@@ -164,11 +165,13 @@ class Database:
 
         In a worker and its pool children: of all of the worker's processes together.
         """
-        return self._settled()._account()
+        self._settled()
+        return self._account()
 
     def count(self, counter: int) -> None:
         """Count one in this process's row; ``counter`` is one of ``counters``' numbers."""
-        self._settled()._counters[counter] += 1
+        self._settled()
+        self._counters[counter] += 1
 
     @property
     def address(self) -> str:
@@ -277,10 +280,9 @@ class Database:
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
         self._encode = self._first_encode
 
-    def _settled(self) -> Database:
+    def _settled(self) -> None:
         if self._encode == self._first_encode:
             self._settle()
-        return self
 
     def _first_encode(self, point: Point) -> bytes:
         self._settle()
@@ -324,9 +326,7 @@ class Database:
             except RuntimeError as error:
                 # "can't start new thread": at the end of the interpreter, or at the user's limit.
                 self._report.warn("thread", "%s: points wait unsent: %s", self.name, error)
-        elif (
-            len(buffer) >= self.options.batch_size or buffer.bytes >= self.options.batch_bytes
-        ):
+        elif len(buffer) >= self.options.batch_size or buffer.bytes >= self.options.batch_bytes:
             batcher.wake()
 
     def __repr__(self) -> str:

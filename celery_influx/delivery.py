@@ -39,7 +39,7 @@ class Delivery:
         return self._transport.max_bytes
 
     def deliver(self, lines: list[bytes]) -> bool:
-        """Send ``lines`` as one payload; whether all of them went out. Raises nothing of its own."""
+        """Send ``lines`` as one payload; whether all of them went out."""
         payload = b"\n".join(lines)
         counters = self._counters
         try:
@@ -89,5 +89,3 @@ class Delivery:
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()
-
-

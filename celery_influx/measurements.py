@@ -48,7 +48,7 @@ CELERY_TASK = Measurement(
             "left out where the publisher has no plugin",
         ),
         Column("age", "float", "s", "since the first publish; only where retries > 0"),
-        Column("cpu", "float", "s", "processor time of the run's thread; not with gevent, eventlet"),
+        Column("cpu", "float", "s", "processor time of the run's thread; left out under gevent"),
         Column("retries", "int", "", "how often it was retried before this run"),
         Column("id", "str", "", "the task's id; only with `influx_task_ids`, as the next two"),
         Column("root_id", "str", "", "id of the first task of its workflow"),

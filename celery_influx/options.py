@@ -74,7 +74,7 @@ class DatabaseOptions:
         "udp",
         "How points are sent. A URL's scheme sets it: `udp://`, `http://`, `https://`.",
         choices=("udp", "http"),
-        ex_flux="(UDP only) | `:udp` | HTTP writes say whether they arrived.",
+        ex_flux="(none) | UDP | HTTP writes say whether they arrived.",
     )
     host: str = option(
         "localhost",
@@ -236,9 +236,7 @@ class Options:
     task_ids: bool = option(
         False, "Write the fields `id`, `root_id` and `parent_id` into `celery_task`."
     )
-    enabled: bool = option(
-        True, "False: record nothing, start nothing, say nothing to the server."
-    )
+    enabled: bool = option(True, "False: record nothing, start nothing, say nothing to the server.")
     allow_post: bool = option(
         False,
         "Register the helper task `celery_influx.post`, which may change and delete data.",

@@ -1,4 +1,4 @@
-"""install(app) → Influx: an app's databases by name, and which of them works how in this process."""
+"""install(app) → Influx: an app's databases by name, and how they work in this process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def find(app: Celery | None) -> Influx | None:
 
 
 class Influx:
-    """What ``app.influx`` is: ``app.influx["name"]`` is a ``Database``; the default one answers here.
+    """What ``app.influx`` is: databases by name; the default one answers here itself.
 
     Configuration is read at the first use, or when the worker starts.
 
@@ -113,7 +113,7 @@ class Influx:
         return self._open()[self.options.default_database]
 
     def send_data(self, point: object, database: str | None = None) -> None:
-        """Queue ``point`` for ``database`` (default: the default one); see ``Database.send_data``."""
+        """Queue ``point`` for ``database``, or the default one; see ``Database.send_data``."""
         (self.default if database is None else self[database]).send_data(point)
 
     def flush(self, timeout: float = 5.0) -> bool:
@@ -205,9 +205,7 @@ class Influx:
         list(self)[number].send_lines(lines)
 
     def _count_broken(self, number: int) -> None:
-        assert self._worker is not None
-        row = self._worker.counters.row(number)
-        row[DROPPED] += 1
+        list(self)[number].count(DROPPED)
 
     # -- for the signals -------------------------------------------------------------------------
 
@@ -302,7 +300,7 @@ class _Worker:
         self.hostname = hostname
         self.counters = counters
         self.relay = relay
-        self.slot = random.randrange(SLOTS)  # of row 0; each row has the next one
+        self.slot = random.randrange(SLOTS)  # noqa: S311 - of row 0; each row has the next one
         self._pid = os.getpid()
         self._generation = 0
 

@@ -84,9 +84,7 @@ class Relay:
 
     def start(self) -> None:
         """Start the reader's thread."""
-        self._reader = threading.Thread(
-            target=self._read, name="celery_influx relay", daemon=True
-        )
+        self._reader = threading.Thread(target=self._read, name="celery_influx relay", daemon=True)
         self._reader.start()
 
     def sync(self, timeout: float) -> bool:
@@ -191,7 +189,7 @@ class Relay:
             return False
 
     def _close(self, fd: int) -> int:
-        """Close ``fd`` if it still is this pipe: beat closes all files, and others get the numbers."""
+        """Close ``fd`` if it still is this pipe: beat closes all, and others get the numbers."""
         try:
             if fd >= 0 and os.fstat(fd).st_ino == self._inode:
                 os.close(fd)

@@ -99,7 +99,9 @@ def _on_end(
     _write(influx, task.name, request, state, fields, exception)
 
 
-def _on_revoked(sender: Any = None, request: Any = None, terminated: bool = False, **_: Any) -> None:
+def _on_revoked(
+    sender: Any = None, request: Any = None, terminated: bool = False, **_: Any
+) -> None:
     """Expired, or revoked before its start; with ``terminated``, its child was ended."""
     influx = _recorder(sender)
     # A terminated greenlet still comes to its own postrun.
@@ -109,13 +111,14 @@ def _on_revoked(sender: Any = None, request: Any = None, terminated: bool = Fals
         _write(influx, sender.name, context, "REVOKED", {"retries": context.retries or 0}, None)
 
 
-def _on_unknown(
-    sender: Any = None, message: Any = None, name: str = "", id: str = "", **_: Any
-) -> None:
+def _on_unknown(sender: Any = None, message: Any = None, name: str = "", **sent: Any) -> None:
     influx = find(getattr(sender, "app", None))
     if influx and influx.records_tasks:
         context = Context(
-            id=id, hostname=sender.hostname, delivery_info=message.delivery_info, retries=0
+            id=sent.get("id"),
+            hostname=sender.hostname,
+            delivery_info=message.delivery_info,
+            retries=0,
         )
         _write(influx, name, context, "REJECTED", {"retries": 0}, NotRegistered(name))
 

@@ -29,6 +29,7 @@ class Stamps:
         self._lock = threading.RLock()
 
     def __call__(self) -> int:
+        """The next stamp, in ns since 1970."""
         now = self._clock()
         now += self.slot - now % SLOTS
         with self._lock:

@@ -118,7 +118,7 @@ class Timer:
         task.run = self._wrap(task.run, task.name)  # type: ignore[method-assign]
 
     def _wrap_promised(self, promise: Any) -> None:
-        self._wrap_task(promise._get_current_object())
+        self._wrap_task(promise._get_current_object())  # noqa: SLF001 - Celery's own way
 
     def _wrap(self, function: Callable[..., Any], default: str | None = None) -> Any:
         name = self._name or default or f"{function.__module__}.{function.__qualname__}"

@@ -111,7 +111,7 @@ class HTTPClient:
     @property
     def address(self) -> str:
         """Where it sends, for people: no secret in it."""
-        return f"{self._root}/{quote(self._database)}"
+        return f"{self._root}/{quote(self._database, safe='')}"
 
     def write(self, payload: bytes) -> int:
         """Send lines; the number of them that the server says it rejected, the rest being stored.

@@ -208,4 +208,5 @@ class UDPPool:
 
     def _error(self, cause: str, reason: str) -> SendError:
         mend = _MENDS.get(cause, "see docs/how-to/enable-udp")
-        return SendError(f"{self.address} did not take the datagram ({cause}: {reason}); {mend}", cause)
+        message = f"{self.address} did not take the datagram ({cause}: {reason}); {mend}"
+        return SendError(message, cause)
