@@ -326,8 +326,10 @@ def parse_answer(
             _raise_error(document)
             for result in document.get("results") or ():
                 _raise_error(result)
-                for message in result.get("messages") or ():
-                    messages.append(f"{message.get('level')}: {message.get('text')}")
+                messages += [
+                    f"{message.get('level')}: {message.get('text')}"
+                    for message in result.get("messages") or ()
+                ]
                 statement = result.get("statement_id")
                 cut = bool(result.get("partial"))
                 for found in result.get("series") or ():

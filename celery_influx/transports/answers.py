@@ -1,0 +1,244 @@
+"""What an InfluxDB server answers, read with bounds, and what went wrong where it does not.
+
+Nothing here sends. Where influxd 1.6.7 says more than its documentation, the comments do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from celery_influx.errors import SendError
+from celery_influx.line_protocol import split_lines
+from celery_influx.queries import parse_json
+
+if TYPE_CHECKING:
+    import requests
+    from typing_extensions import Self
+
+_UNPARSABLE = "unable to parse '"
+_DROPPED = re.compile(r"dropped=(\d+)\s*$")
+
+
+class Answer:
+    """A response whose body is read here, so that its errors and its length are ours to limit.
+
+    Leaving the ``with`` block closes the connection, unless the body was read to its end.
+    """
+
+    def __init__(
+        self,
+        response: requests.Response,
+        failure: Callable[[BaseException, float], SendError],
+        seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.status = response.status_code
+        self._response = response
+        self._failure = failure
+        self._seconds = seconds
+        self._clock = clock
+        self._whole = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._whole:
+            self._response.close()
+
+    def header(self, name: str) -> str | None:
+        """The value of a header."""
+        value: str | None = self._response.headers.get(name)
+        return value
+
+    @property
+    def is_influx(self) -> bool:
+        """Whether InfluxDB itself answered, rather than something in front of it."""
+        return "X-Influxdb-Version" in self._response.headers
+
+    def finish(self) -> None:
+        """Read a body that should be empty, so that the connection can be used again."""
+        self._read(limit=65_536)
+
+    def text(self) -> str:
+        """The whole body.
+
+        Raises:
+            SendError: It ended too soon, or stalled.
+        """
+        return b"".join(self._pieces()).decode("utf-8", "replace")
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the body as they come: a chunk each, whose own newlines JSON escapes.
+
+        Raises:
+            SendError: It ended too soon, or stalled.
+        """
+        rest = bytearray()
+        for piece in self._pieces():
+            rest += piece
+            if b"\n" in piece:
+                *lines, rest = rest.split(b"\n")
+                yield from (line.decode("utf-8", "replace") for line in lines if line.strip())
+        if rest.strip():
+            yield rest.decode("utf-8", "replace")
+
+    def words(self, limit: int = 65_536) -> str:
+        """What an error says: the text in its JSON, or its body; of ``limit`` bytes at most.
+
+        What arrives within the timeout is taken; an error while reading an error is no news.
+        """
+        try:
+            body = self._read(limit)
+        except SendError:
+            return ""
+        text = body.decode("utf-8", "replace")
+        try:
+            found = parse_json(text)
+            # InfluxDB 2 says "message".
+            return str(found.get("error") or found.get("message") or text)
+        except (ValueError, RecursionError, AttributeError):
+            return " ".join(text.split())
+
+    def _read(self, limit: int) -> bytes:
+        """The body, or what of it arrives within the timeout, to about ``limit`` bytes."""
+        end = self._clock() + self._seconds
+        body = bytearray()
+        for piece in self._pieces():
+            body += piece
+            if len(body) > limit or self._clock() > end:
+                break
+        return bytes(body)
+
+    def _pieces(self) -> Iterator[bytes]:
+        import urllib3
+
+        raw = self._response.raw
+        # read() waits for all it was asked for, be it a byte in a minute; read1() for something.
+        read, size = (raw.read1, 65_536) if hasattr(raw, "read1") else (raw.read, 1_024)
+        while True:
+            try:
+                piece = read(size, decode_content=True)
+                failure = None
+            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                failure = self._failure(error, self._seconds)
+            if failure:
+                raise failure
+            if not piece:
+                self._whole = True
+                return
+            yield piece
+
+
+def rejected_lines(words: str, payload: bytes) -> int:
+    """How many lines of ``payload`` a 400 says were rejected; 0 where it speaks of other things."""
+    partial = words.startswith("partial write: ")
+    reason = words.removeprefix("partial write: ")
+    if not reason.startswith(_UNPARSABLE):
+        dropped = _DROPPED.search(words) if partial else None
+        return int(dropped[1]) if dropped else 0
+    lines = [line.decode("utf-8", "replace") for line in split_lines(payload)]
+    if not partial:
+        return len(lines)
+    # The text quotes each bad line, in order, and a line may hold anything, such words too:
+    # so step over the very lines that were sent.
+    count, start, at = 0, 0, 0
+    while at >= 0:
+        count += 1
+        at += len(_UNPARSABLE)
+        for index in range(start, len(lines)):
+            if reason.startswith(lines[index] + "': ", at):
+                at += len(lines[index])
+                start = index + 1
+                break
+        at = reason.find("\n" + _UNPARSABLE, at) + 1 or -1
+    return min(count, len(lines))
+
+
+def retry_after(value: str | None, clock: Callable[[], float] = time.time) -> float | None:
+    """Seconds of a ``Retry-After`` header: a number, or the time of an HTTP date from now."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(int(value)))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - clock())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
+    """Cause, what happened, and what to do, from the chain of exceptions behind ``error``."""
+    chain = list(_chain(error))
+    names = {type(each).__name__ for each in chain}
+    for each in chain:
+        if isinstance(each, socket.gaierror):
+            return "dns", "the host's name is unknown", "correct 'host'"
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return (
+                "tls",
+                f"the certificate is not trusted: {each.verify_message}",
+                "set 'ca_file' to the certificate of who signed it",
+            )
+        # urllib3 before 2.0 compares the names by itself.
+        if type(each).__name__ == "CertificateError":
+            return "tls", f"the certificate is not trusted: {each}", "correct 'host'"
+        if isinstance(each, ssl.SSLError):
+            return (
+                "tls",
+                f"no TLS connection: {each.reason or type(each).__name__}",
+                "does this port speak HTTPS, and is 'ca_file' a file of PEM certificates?",
+            )
+    if any(isinstance(each, TimeoutError) for each in chain) or names & {
+        "ConnectTimeout",
+        "ReadTimeout",
+        "ReadTimeoutError",
+        "ConnectTimeoutError",
+    }:
+        return "timeout", "", "is the server overloaded, or 'http_timeout' too short?"
+    if ca_file and not os.access(ca_file, os.R_OK):
+        return "tls", f"ca_file {ca_file!r} cannot be read", "expected a file of PEM certificates"
+    if "ProxyError" in names:
+        return "connection", "the proxy failed", "correct HTTP_PROXY, HTTPS_PROXY or NO_PROXY"
+    for each in chain:
+        number = (isinstance(each, OSError) and each.errno) or 0
+        if number in errno.errorcode:
+            return (
+                errno.errorcode[number],
+                os.strerror(number).lower(),
+                "is the server running, and are 'host' and 'http_port' right?",
+            )
+    return (
+        "connection",
+        f"the connection failed: {type(chain[-1]).__name__}",
+        "is this InfluxDB's HTTP port, and is 'secure' right?",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and all that it was made of: causes, contexts, arguments."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop(0)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        inner = (each.__cause__, each.__context__, getattr(each, "reason", None), *each.args)
+        waiting += [found for found in inner if isinstance(found, BaseException)]

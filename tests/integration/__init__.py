@@ -1,0 +1,1 @@
+"""Tests against real servers: influxd, VictoriaMetrics, brokers and workers."""

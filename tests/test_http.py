@@ -1,0 +1,871 @@
+"""HTTPClient against a small server that gives odd answers; the real ones are in integration/."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from celery_influx.errors import QueryError, SendError
+from celery_influx.line_protocol import split_lines
+from celery_influx.options import DatabaseOptions
+from celery_influx.transports import answers, open_transport
+from celery_influx.transports import http as http_module
+from celery_influx.transports.http import HTTPClient, Ping
+from tests.servers import free_port
+
+#: Long enough for a slow machine, short enough for a test that waits for it.
+SHORT = 0.3
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers each request by ``answer(handler)``, and keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer: Callable[[_Handler], None] = lambda handler: handler.reply(204)
+        self.asked: list[_Handler] = []
+        self.released = threading.Event()
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    def client(self, **options: Any) -> HTTPClient:
+        settings = {"host": "127.0.0.1", "http_port": self.port, "transport": "http", **options}
+        return HTTPClient(DatabaseOptions(**settings))
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are what is tested here."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Stub
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length)
+        self.server.asked.append(self)
+        self.server.answer(self)
+
+    do_POST = do_GET
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        return parse_qs(urlsplit(self.path).query)
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def reply_endlessly(self, status: int, piece: bytes, pause: float = 0.0) -> None:
+        """Send ``piece`` again and again until the client hangs up."""
+        self.send_response(status)
+        self.end_headers()
+        try:
+            while not self.server.released.wait(pause):
+                self.wfile.write(piece)
+        except OSError:
+            self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+def _replying(status: int, body: bytes = b"", **headers: str) -> Callable[[_Handler], None]:
+    return lambda handler: handler.reply(status, body, **headers)
+
+
+def _address(stub: Stub) -> str:
+    return f"http://127.0.0.1:{stub.port}/celery"
+
+
+# -- the client itself ---------------------------------------------------------------------------
+
+
+def test_importing_the_module_does_not_import_requests_and_load_does() -> None:
+    code = (
+        "import sys; import celery_influx.transports.http as http;"
+        "from celery_influx.options import DatabaseOptions;"
+        "http.HTTPClient(DatabaseOptions());"
+        "before = 'requests' in sys.modules; http.load();"
+        "print(before, 'requests' in sys.modules)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_the_registry_makes_the_client_from_options() -> None:
+    options = DatabaseOptions(transport="http", batch_bytes=2_000)
+
+    transport = open_transport(options)
+
+    assert isinstance(transport, HTTPClient)
+    assert transport.max_bytes == 2_000
+    assert transport.address == "http://localhost:8086/celery"
+
+
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ({"host": "::1", "secure": True}, "https://[::1]:8086/celery"),
+        ({"database": "a/b c"}, "http://localhost:8086/a%2Fb%20c"),
+        ({"username": "u", "password": "hunter2"}, "http://localhost:8086/celery"),
+    ],
+)
+def test_the_address_is_a_url_without_secrets(options: dict, address: str) -> None:
+    assert HTTPClient(DatabaseOptions(**options)).address == address
+
+
+def test_the_repr_shows_state_and_no_secret(stub: Stub) -> None:
+    client = stub.client(username="u", password="hunter2")
+
+    assert repr(client) == f"<HTTPClient {_address(stub)} auth=basic open=False>"
+    client.ping()
+    assert repr(client) == f"<HTTPClient {_address(stub)} auth=basic open=True>"
+    assert "auth=token" in repr(stub.client(token="hunter2"))
+
+
+def test_closing_is_idempotent_and_the_next_request_opens_again(stub: Stub) -> None:
+    with stub.client() as client:
+        client.close()
+        client.ping()
+        client.close()
+        client.close()
+
+        assert client.write(b"m f=1") == 0
+
+
+def test_a_connection_is_used_again_after_success_and_after_an_error(stub: Stub) -> None:
+    client = stub.client()
+    client.write(b"m f=1")
+    stub.answer = _replying(503, b"busy")
+    with pytest.raises(SendError):
+        client.write(b"m f=1")
+    stub.answer = _replying(204)
+    client.ping()
+    client.close()
+
+    assert len({handler.client_address for handler in stub.asked}) == 1
+
+
+def test_threads_share_a_client(stub: Stub) -> None:
+    stub.answer = lambda handler: (
+        handler.reply(204)
+        if handler.path.startswith("/write")
+        else handler.reply(200, b'{"results":[{"statement_id":0}]}')
+    )
+    client = stub.client()
+    failures: list[BaseException] = []
+
+    def work(turn: Callable[[], object]) -> None:
+        try:
+            for _ in range(20):
+                turn()
+        except BaseException as error:
+            failures.append(error)
+
+    turns = [lambda: client.write(b"m f=1"), lambda: client.query("SHOW DATABASES")] * 3
+    threads = [threading.Thread(target=work, args=(turn,)) for turn in turns]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert failures == []
+    assert len(stub.asked) == 120
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_child_opens_its_own_connection_and_leaves_the_parents_alone(stub: Stub) -> None:
+    client = stub.client()
+    client.ping()
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            client.abandon()
+            client.write(b"m f=1")
+            client.close()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    client.ping()
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    parent, of_child, parent_again = (handler.client_address for handler in stub.asked)
+    assert parent == parent_again != of_child
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_child_that_forgot_to_abandon_is_safe_as_well(stub: Stub) -> None:
+    client = stub.client()
+    client.ping()
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            client.close()
+            client.ping()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    client.ping()
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert stub.asked[0].client_address == stub.asked[2].client_address
+
+
+# -- credentials, proxies, cookies ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "header"),
+    [
+        ({}, None),
+        ({"username": "u", "password": "pä:ss"}, "Basic dTpww6Q6c3M="),
+        ({"token": "t0k"}, "Token t0k"),
+    ],
+)
+def test_credentials_go_into_the_header_and_netrc_is_not_read(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, header: str | None
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login stranger password wrong\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+
+    client = stub.client(**options)
+    client.write(b"m f=1")
+    # A host that is not loopback by its name reads the environment.
+    monkeypatch.setattr(http_module, "_loopback", lambda host: False)
+    stub.client(**options).write(b"m f=1")
+
+    assert [handler.headers.get("Authorization") for handler in stub.asked] == [header, header]
+    assert "pä" not in stub.asked[0].path
+
+
+def test_a_proxy_of_the_environment_is_not_used_for_loopback(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    assert stub.client().write(b"m f=1") == 0
+
+
+def test_a_proxy_of_the_environment_is_used_for_other_hosts(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{stub.port}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    stub.client(host="influx.invalid", http_port=8086).write(b"m f=1")
+
+    assert stub.asked[0].path.startswith("http://influx.invalid:8086/write?")
+
+
+def test_a_broken_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{free_port()}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    client = HTTPClient(DatabaseOptions(host="influx.invalid"))
+
+    with pytest.raises(SendError) as caught:
+        client.ping()
+
+    assert str(caught.value) == (
+        "http://influx.invalid:8086/celery: the proxy failed (connection); "
+        "correct HTTP_PROXY, HTTPS_PROXY or NO_PROXY"
+    )
+    assert caught.value.__context__ is None
+
+
+def test_a_token_that_no_header_can_hold_is_not_shown(stub: Stub) -> None:
+    with pytest.raises(SendError) as caught:
+        stub.client(token="hunter2\n").write(b"m f=1")
+
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_a_cookie_of_the_server_is_not_sent_back(stub: Stub) -> None:
+    stub.answer = _replying(204, Set_Cookie="a=b")
+    client = stub.client()
+
+    client.ping()
+    client.ping()
+
+    assert stub.asked[1].headers.get("Cookie") is None
+
+
+# -- no answer -----------------------------------------------------------------------------------
+
+
+def test_a_refused_connection_is_named_by_its_errno() -> None:
+    port = free_port()
+    client = HTTPClient(
+        DatabaseOptions(host="127.0.0.1", http_port=port, username="u", password="p")
+    )
+
+    for call in (client.ping, lambda: client.write(b"m f=1"), lambda: client.query("SHOW USERS")):
+        with pytest.raises(SendError) as caught:
+            call()
+
+        assert caught.value.cause == "ECONNREFUSED"
+        assert str(caught.value) == (
+            f"http://127.0.0.1:{port}/celery: connection refused (ECONNREFUSED); "
+            "is the server running, and are 'host' and 'http_port' right?"
+        )
+        assert caught.value.__context__ is None
+
+
+def test_an_unknown_host_is_named_dns() -> None:
+    client = HTTPClient(DatabaseOptions(host="nowhere.invalid"))
+
+    with pytest.raises(SendError) as caught:
+        client.ping()
+
+    assert caught.value.cause == "dns"
+    assert str(caught.value) == (
+        "http://nowhere.invalid:8086/celery: the host's name is unknown (dns); correct 'host'"
+    )
+
+
+@pytest.mark.parametrize("host", ["a b", "x" * 70, "[", "a/b"])
+def test_an_impossible_host_is_a_send_error(host: str) -> None:
+    with pytest.raises(SendError):
+        HTTPClient(DatabaseOptions(host=host)).ping()
+
+
+def test_a_silent_server_is_a_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        client = HTTPClient(DatabaseOptions(host="127.0.0.1", http_port=port))
+
+        with pytest.raises(SendError) as caught:
+            client.ping(timeout=SHORT)
+
+    assert caught.value.cause == "timeout"
+    assert str(caught.value) == (
+        f"http://127.0.0.1:{port}/celery: no answer within 0.3 s (timeout); "
+        "is the server overloaded, or 'http_timeout' too short?"
+    )
+
+
+def test_http_timeout_is_the_timeout_where_none_is_given() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = DatabaseOptions(
+            host="127.0.0.1", http_port=silent.getsockname()[1], http_timeout=SHORT
+        )
+
+        with pytest.raises(SendError, match=r"no answer within 0\.3 s"):
+            HTTPClient(options).write(b"m f=1")
+
+
+def test_a_server_that_hangs_up_is_a_connection_error(stub: Stub) -> None:
+    def hang_up(handler: _Handler) -> None:
+        handler.close_connection = True
+
+    stub.answer = hang_up
+
+    with pytest.raises(SendError) as caught:
+        stub.client().write(b"m f=1")
+
+    assert caught.value.cause == "connection"
+    assert "the connection failed: " in str(caught.value)
+
+
+def test_something_else_than_http_is_a_connection_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        client = HTTPClient(DatabaseOptions(host="127.0.0.1", http_port=server.getsockname()[1]))
+        with pytest.raises(SendError, match="is this InfluxDB's HTTP port"):
+            client.ping()
+        thread.join()
+
+
+def test_https_to_a_plain_port_is_a_tls_error(stub: Stub) -> None:
+    with pytest.raises(SendError, match="does this port speak HTTPS") as caught:
+        stub.client(secure=True).ping()
+
+    assert caught.value.cause == "tls"
+
+
+def test_a_ca_file_that_cannot_be_read_is_named(stub: Stub) -> None:
+    with pytest.raises(SendError) as caught:
+        stub.client(secure=True, ca_file="no/such.pem").ping()
+
+    assert caught.value.cause == "tls"
+    assert str(caught.value) == (
+        f"https://127.0.0.1:{stub.port}/celery: ca_file 'no/such.pem' cannot be read (tls); "
+        "expected a file of PEM certificates"
+    )
+
+
+def test_a_ca_file_of_rubbish_is_a_tls_error(stub: Stub, tmp_path: Path) -> None:
+    rubbish = tmp_path / "ca.pem"
+    rubbish.write_text("rubbish")
+
+    with pytest.raises(SendError) as caught:
+        stub.client(secure=True, ca_file=str(rubbish)).ping()
+
+    assert caught.value.cause == "tls"
+
+
+# -- write ---------------------------------------------------------------------------------------
+
+
+def test_a_write_names_database_precision_and_retention_policy(stub: Stub) -> None:
+    client = stub.client(database="d/b", precision="u", retention_policy="short")
+
+    assert client.write(b"m f=1 5\nm f=2 6") == 0
+    assert stub.asked[0].command == "POST"
+    assert stub.asked[0].query == {"db": ["d/b"], "precision": ["u"], "rp": ["short"]}
+    assert stub.asked[0].body == b"m f=1 5\nm f=2 6"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (
+            503,
+            b"<html>\n <h1>busy</h1></html>",
+            "expected 204, got 503: <html> <h1>busy</h1></html>",
+        ),
+        (500, b'{"error":"timeout"}', "expected 204, got 500: timeout"),
+        (422, b'{"code":"invalid","message":"no field"}', "expected 204, got 422: no field"),
+        (500, b"[1]", "expected 204, got 500: [1]"),
+        (502, b"", "expected 204, got 502"),
+        (502, b"\xff\xfe", "expected 204, got 502: \ufffd\ufffd"),
+        (200, b"Log in, please", "expected 204, got 200: Log in, please"),
+        (
+            404,
+            b'{"error":"database not found: \\"x\\""}',
+            (
+                'expected 204, got 404: database not found: "x"; create the database, or correct '
+                "'database' and 'http_port'"
+            ),
+        ),
+        (
+            413,
+            b'{"error":"Request Entity Too Large"}',
+            (
+                "expected 204, got 413: Request Entity Too Large; lower 'batch_bytes' below the "
+                "server's max-body-size"
+            ),
+        ),
+        (400, b'{"error":"database is required"}', "expected 204, got 400: database is required"),
+    ],
+)
+def test_any_other_status_is_a_send_error_with_the_servers_words(
+    stub: Stub, status: int, body: bytes, message: str
+) -> None:
+    stub.answer = _replying(status, body)
+
+    with pytest.raises(SendError) as caught:
+        stub.client().write(b"m f=1")
+
+    assert str(caught.value) == f"{_address(stub)}: {message}"
+    assert caught.value.cause == str(status)
+
+
+def test_a_redirect_is_not_followed_and_says_where_it_points(stub: Stub) -> None:
+    stub.answer = _replying(307, Location="http://elsewhere.example/write")
+    message = (
+        f"{_address(stub)}: expected %s, got 307, which points to http://elsewhere.example/write; "
+        "redirects are not followed: set that URL"
+    )
+    client = stub.client(username="u", password="hunter2")
+
+    with pytest.raises(SendError) as caught:
+        client.write(b"m f=1")
+    assert str(caught.value) == message % 204
+
+    with pytest.raises(QueryError) as refused:
+        client.query("SHOW DATABASES")
+    assert str(refused.value) == message % 200
+    assert len(stub.asked) == 2
+
+
+def test_our_secrets_are_masked_in_the_servers_words(stub: Stub) -> None:
+    stub.answer = _replying(401, b'{"error":"wrong password hunter2"}')
+
+    with pytest.raises(SendError) as caught:
+        stub.client(username="u", password="hunter2").write(b"m f=1")
+
+    assert str(caught.value) == (
+        f"{_address(stub)}: expected 204, got 401: wrong password ***; set 'username' and "
+        "'password', or 'token', to what the server knows"
+    )
+
+
+def test_long_words_of_the_server_are_shortened(stub: Stub) -> None:
+    stub.answer = _replying(500, b"x" * 10_000)
+
+    with pytest.raises(SendError) as caught:
+        stub.client().write(b"m f=1")
+
+    assert str(caught.value) == f"{_address(stub)}: expected 204, got 500: {'x' * 499}…"
+
+
+def test_an_endless_error_is_read_to_a_limit(stub: Stub) -> None:
+    stub.answer = lambda handler: handler.reply_endlessly(500, b"x" * 10_000)
+
+    with pytest.raises(SendError, match="got 500: xxx") as caught:
+        stub.client().write(b"m f=1")
+
+    assert len(str(caught.value)) < 700
+
+
+def test_an_error_that_trickles_in_is_read_for_the_timeout_and_no_longer(stub: Stub) -> None:
+    stub.answer = lambda handler: handler.reply_endlessly(500, b"x", pause=0.02)
+
+    with pytest.raises(SendError, match="got 500: xxx"):
+        stub.client(http_timeout=SHORT).write(b"m f=1")
+
+
+def test_an_error_text_that_stalls_still_gives_the_status(stub: Stub) -> None:
+    stub.answer = lambda handler: handler.reply_endlessly(503, b"x", pause=60)
+
+    with pytest.raises(SendError, match=r"expected 204, got 503$"):
+        stub.client(http_timeout=SHORT).write(b"m f=1")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7.0), ("-3", 0.0), ("soon", None), (formatdate(0, usegmt=True), 0.0), (None, None)],
+)
+def test_retry_after_is_kept_for_who_retries(
+    stub: Stub, value: str | None, seconds: float | None
+) -> None:
+    stub.answer = _replying(503, b"", **({"Retry_After": value} if value else {}))
+    client = stub.client()
+
+    with pytest.raises(SendError):
+        client.write(b"m f=1")
+    assert client.retry_after == seconds
+
+    stub.answer = _replying(204)
+    client.write(b"m f=1")
+    assert client.retry_after is None
+
+
+def test_a_retry_after_date_counts_from_now() -> None:
+    date = formatdate(1_000_000, usegmt=True)
+
+    assert answers.retry_after(date, clock=lambda: 999_990.0) == 10.0
+
+
+def test_a_field_type_conflict_in_a_new_shard_has_a_cause_of_its_own(stub: Stub) -> None:
+    stub.answer = _replying(400, b'{"error":"field type conflict"}')
+
+    with pytest.raises(SendError) as caught:
+        stub.client().write(b"m f=1")
+
+    assert caught.value.cause == "conflict"
+    assert str(caught.value) == f"{_address(stub)}: field type conflict"
+
+
+@pytest.mark.parametrize(
+    ("payload", "words", "rejected"),
+    [
+        (b"a\nm f=1", "partial write: unable to parse 'a': missing fields dropped=0", 1),
+        (
+            b"a\nm f=1\nb",
+            (
+                "partial write: unable to parse 'a': missing fields\n"
+                "unable to parse 'b': missing fields dropped=0"
+            ),
+            2,
+        ),
+        (b"a\n\n# c\nb", "unable to parse 'a': missing fields\nunable to parse 'b': x", 2),
+        (b"m f=1\nm f=2", "partial write: points beyond retention policy dropped=2", 2),
+        (
+            b"m dropped=7,x\nm f=1",
+            "partial write: unable to parse 'm dropped=7,x': missing field value dropped=0",
+            1,
+        ),
+        # Lines whose own text looks like the server's.
+        (
+            b"m f=\"\nunable to parse 'b': x\",g\nb\nm f=1",
+            (
+                "partial write: unable to parse 'm f=\"\nunable to parse 'b': x\",g': missing\n"
+                "unable to parse 'b': missing fields dropped=0"
+            ),
+            2,
+        ),
+        (
+            b"m f=\"\nunable to parse 'b': x\",g\nm f=1",
+            "partial write: unable to parse 'm f=\"\nunable to parse 'b': x\",g': missing dropped=0",
+            1,
+        ),
+        # Words that do not quote the lines as they were: counted as they come.
+        (b"\xff\nm f=1", "partial write: unable to parse '??': bad dropped=0", 1),
+    ],
+)
+def test_rejected_lines_are_counted_from_the_servers_words(
+    stub: Stub, payload: bytes, words: str, rejected: int
+) -> None:
+    stub.answer = _replying(400, json.dumps({"error": words}).encode())
+    client = stub.client()
+
+    assert client.write(payload) == rejected
+    assert client.rejection == words
+
+    stub.answer = _replying(204)
+    assert client.write(b"m f=1") == 0
+    assert client.rejection is None
+
+
+def test_a_thousand_quoted_lines_are_counted_and_their_words_shortened(stub: Stub) -> None:
+    lines = [b"bad" + b"<" * 500 + str(index).encode() for index in range(1_000)]
+    words = "\n".join(f"unable to parse '{line.decode()}': missing fields" for line in lines)
+    text = json.dumps({"error": f"partial write: {words} dropped=0"}).replace("<", "\\u003c")
+    stub.answer = _replying(400, text.encode())
+    client = stub.client()
+
+    assert client.write(b"\n".join([*lines, b"m f=1"])) == 1_000
+    assert len(client.rejection or "") == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('m f="a\nb" 1\nn f=1', ['m f="a\nb" 1', "n f=1"]),
+        ('m,t="a f=1\nn f=1', ['m,t="a f=1', "n f=1"]),
+        ('m "k=1\nn f=1', ['m "k=1', "n f=1"]),
+        ('m f="\\"\n",g="x" 1\nn f=1\n', ['m f="\\"\n",g="x" 1', "n f=1"]),
+        ("a\\ b f=1\n\n #c\n  d", ["a\\ b f=1", "d"]),
+        ('m f="open\nn f=1', ['m f="open\nn f=1']),
+    ],
+)
+def test_lines_are_parted_as_the_server_parts_them(text: str, lines: list[str]) -> None:
+    assert [line.decode() for line in split_lines(text.encode())] == lines
+
+
+# -- ping ----------------------------------------------------------------------------------------
+
+
+def test_a_ping_gives_version_and_round_trip(stub: Stub) -> None:
+    stub.answer = _replying(204, X_Influxdb_Version="1.8.10")
+    times = iter([10.0, 10.25])
+    options = DatabaseOptions(host="127.0.0.1", http_port=stub.port)
+    client = HTTPClient(options, clock=lambda: next(times, 11.0))
+
+    assert client.ping() == Ping("1.8.10", 0.25)
+
+
+def test_a_ping_without_a_version_header_is_up_all_the_same(stub: Stub) -> None:
+    assert stub.client().ping().version is None
+
+
+def test_a_ping_that_is_not_204_says_what_came(stub: Stub) -> None:
+    stub.answer = _replying(200, b"<html>welcome")
+
+    with pytest.raises(SendError) as caught:
+        stub.client().ping()
+
+    assert str(caught.value) == f"{_address(stub)}: expected 204, got 200: <html>welcome"
+
+
+# -- query and post ------------------------------------------------------------------------------
+
+
+def test_a_query_that_may_write_sends_nothing(stub: Stub) -> None:
+    for statement in ("DROP DATABASE x", "SELECT f INTO t FROM m"):
+        with pytest.raises(QueryError):
+            stub.client().query(statement)
+
+    assert stub.asked == []
+
+
+def test_a_query_is_a_get_with_everything_bound(stub: Stub) -> None:
+    stub.answer = _replying(200, b'{"results":[{"statement_id":0}]}')
+
+    stub.client(retention_policy="rp").query("SELECT f FROM m WHERE t = $t", params={"t": "é'"})
+    stub.client().query(
+        "SHOW DATABASES", database="other", retention_policy="x", epoch="s", chunked=50
+    )
+
+    first, second = stub.asked
+    assert first.command == "GET"
+    assert first.query == {
+        "q": ["SELECT f FROM m WHERE t = $t"],
+        "db": ["celery"],
+        "rp": ["rp"],
+        "epoch": ["ns"],
+        "params": ['{"t":"\\u00e9\'"}'],
+    }
+    assert second.query == {
+        "q": ["SHOW DATABASES"],
+        "db": ["other"],
+        "rp": ["x"],
+        "epoch": ["s"],
+        "chunked": ["true"],
+        "chunk_size": ["50"],
+    }
+
+
+def test_a_long_query_goes_by_post(stub: Stub) -> None:
+    stub.answer = _replying(200, b'{"results":[{"statement_id":0}]}')
+    statement = f"SELECT f FROM m WHERE t = '{'x' * 9_000}'"
+
+    stub.client().query(statement)
+
+    assert stub.asked[0].command == "POST"
+    assert urlsplit(stub.asked[0].path).query == ""
+    assert parse_qs(stub.asked[0].body.decode())["q"] == [statement]
+
+
+def test_a_post_carries_its_statement_in_the_body_alone(stub: Stub) -> None:
+    stub.answer = _replying(200, b'{"results":[{"statement_id":0}]}')
+
+    stub.client().post("CREATE USER u WITH PASSWORD 'hunter2'", epoch="ms")
+
+    assert stub.asked[0].path == "/query"
+    assert b"hunter2" in stub.asked[0].body
+
+
+@pytest.mark.parametrize("epoch", ["us", "NS", "rfc3339", ""])
+def test_an_unknown_epoch_names_the_words(stub: Stub, epoch: str) -> None:
+    with pytest.raises(QueryError) as caught:
+        stub.client().query("SHOW DATABASES", epoch=epoch)
+
+    assert str(caught.value) == f"epoch: expected one of ns, u, ms, s, m, h; got {epoch!r}"
+    assert stub.asked == []
+
+
+def test_half_a_surrogate_pair_is_refused_before_any_traffic(stub: Stub) -> None:
+    with pytest.raises(QueryError) as caught:
+        stub.client().post("DROP MEASUREMENT \ud800")
+
+    assert str(caught.value) == "q: half a surrogate pair is no text; expected Unicode text"
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json; charset=utf-8", "image/png"])
+def test_an_answer_is_read_whatever_its_content_type(stub: Stub, kind: str) -> None:
+    stub.answer = _replying(200, b'{"results":[{"error":"no"}]}', Content_Type=kind)
+    with pytest.raises(QueryError, match=r"^the server answered: no$"):
+        stub.client().query("SHOW DATABASES")
+
+    stub.answer = _replying(200, b"<html>" + b"x" * 1_000, Content_Type=kind)
+    with pytest.raises(QueryError) as caught:
+        stub.client().query("SHOW DATABASES")
+    assert str(caught.value) == (
+        f"{_address(stub)}: expected JSON, got {kind}: {'<html>' + 'x' * 493 + '…'!r}; "
+        "is this InfluxDB's HTTP API?"
+    )
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"results":', b"[" * 200_000, b"\xff"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_no_answer_is_a_query_error(stub: Stub, body: bytes, chunked: bool) -> None:
+    stub.answer = _replying(200, body)
+
+    with pytest.raises(QueryError):
+        stub.client().query("SHOW DATABASES", chunked=chunked)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 503])
+def test_an_error_page_is_a_query_error(stub: Stub, status: int) -> None:
+    stub.answer = _replying(status, b"<html>oops</html>", Content_Type="text/html")
+
+    with pytest.raises(QueryError, match=f"expected 200, got {status}: <html>oops</html>"):
+        stub.client().query("SHOW DATABASES")
+
+
+def test_a_gzipped_answer_is_unpacked_and_a_false_one_is_an_error(stub: Stub) -> None:
+    body = json.dumps({"results": [{"series": [{"columns": ["f"], "values": [[1]] * 9}]}]}).encode()
+    stub.answer = _replying(200, gzip.compress(body), Content_Encoding="gzip")
+    assert len(stub.client().query("SHOW DATABASES").rows()) == 9
+
+    stub.answer = _replying(200, body, Content_Encoding="gzip")
+    with pytest.raises(SendError):
+        stub.client().query("SHOW DATABASES")
+
+
+def test_an_answer_that_ends_too_soon_is_a_send_error(stub: Stub) -> None:
+    def cut(handler: _Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"results":[{}]}')
+        handler.close_connection = True
+
+    stub.answer = cut
+
+    with pytest.raises(SendError) as caught:
+        stub.client().query("SHOW DATABASES")
+    assert caught.value.cause == "connection"
+
+
+def test_an_answer_that_stalls_is_a_timeout(stub: Stub) -> None:
+    stub.answer = lambda handler: handler.reply_endlessly(200, b"{", pause=60)
+
+    with pytest.raises(SendError) as caught:
+        stub.client().query("SHOW DATABASES", timeout=SHORT)
+
+    assert caught.value.cause == "timeout"
+
+
+def test_chunks_are_parted_at_newlines_only(stub: Stub) -> None:
+    series = {"name": "m", "columns": ["f"], "values": [["a\x85b\u2028"]]}
+    lines = [
+        json.dumps({"results": [{"series": [{**series, "partial": True}]}]}, ensure_ascii=False),
+        json.dumps({"results": [{"series": [series]}]}, ensure_ascii=False),
+    ]
+    stub.answer = _replying(200, "\n".join(lines).encode())
+
+    result = stub.client().query("SELECT f FROM m", chunked=True)
+
+    assert [found.values for found in result] == [[["a\x85b\u2028"], ["a\x85b\u2028"]]]
