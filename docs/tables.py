@@ -1,7 +1,6 @@
-"""Write the tables of the reference from the declarations in the code, or check that they are fresh.
+"""Write the reference's tables from the declarations in the code; with ``--check``, compare.
 
-    python docs/tables.py            write them
-    python docs/tables.py --check    exit 1 if a file is not what the code says
+``--check`` writes nothing, and exits with 1 where a file is not what the code says.
 """
 
 from __future__ import annotations

@@ -1,0 +1,194 @@
+"""The example, run as `make demo` runs it: on its own parts, and with real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Influxd, Redis, free_port, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = 40
+#: One run of each task for each file, and a report on each batch of at most 25 files.
+REPORTS = 2
+COMMAND = [sys.executable, "-m", "example_project"]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("INFLUX", "BROKER")}
+
+
+def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+
+
+def lines_of(output: str) -> dict[str, list[str]]:
+    """The tables' lines: the first cell to the others."""
+    cells = [re.split(r" {2,}", line.strip()) for line in output.splitlines()]
+    return {line[0]: line[1:] for line in cells if len(line) > 1}
+
+
+def check_tables(output: str) -> None:
+    lines = lines_of(output)
+    for task in ("parse", "count_words", "digest"):
+        assert int(lines[task][0]) == FILES
+        assert int(lines[task][2]) == 0
+    retried = int(lines["compress"][2])
+    assert int(lines["compress"][0]) == FILES + retried
+    assert int(lines["report"][0]) == REPORTS
+    assert float(lines["parse"][3]) > 0  # runtime
+    failed = {task: int(lines[task][1]) for task in ("parse", "count_words", "digest", "compress")}
+    assert failed["digest"] == failed["compress"] == 0
+    assert int(lines["words"][0]) == FILES - failed["count_words"]
+    assert int(lines["source_file"][0]) == FILES - failed["parse"]
+    assert int(lines["compressed"][0]) == int(lines["timed deflate"][0]) == FILES
+    assert int(lines["timed read"][0]) == 2 * FILES
+    assert int(lines["timed submit"][0]) == int(lines["batch"][0]) == REPORTS
+
+    runs = 4 * FILES + retried + REPORTS
+    own = 6 * FILES + 2 * REPORTS - failed["count_words"] - failed["parse"]
+    total = runs + own
+    assert lines["the tasks' own count"] == [str(total)]
+    assert lines["arrived"] == [str(total)]
+    worker, program = lines["the worker"], lines["this program"]
+    assert int(worker[0]) + int(program[0]) == int(worker[1]) + int(program[1]) == total
+    assert worker[2:] == program[2:] == ["0", "0", "0"]
+    assert f"\n{total:,} points made, {total:,} received: none lost.\n" in output
+
+
+def test_the_demo_needs_no_server_and_every_point_arrives(tmp_path: Path) -> None:
+    done = run(tmp_path, "--files", str(FILES))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_tables(done.stdout)
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_table_is_made_of_what_influxd_took_by_udp(
+    tmp_path: Path, influxd: Influxd, redis_server: Redis
+) -> None:
+    url = f"udp://127.0.0.1:{influxd.udp_port}/celery?http_port={influxd.http_port}"
+
+    done = run(tmp_path, "--files", str(FILES), INFLUX=url, BROKER=redis_server.url)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_tables(done.stdout)
+    assert "InfluxDB 1.6.7" in done.stdout
+    assert redis_server.url in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_database_is_made_where_points_go_by_http(
+    tmp_path: Path, influxd: Influxd, redis_server: Redis
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/made_by_the_demo"
+
+    done = run(tmp_path, "--files", str(FILES), INFLUX=url, BROKER=redis_server.url)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_tables(done.stdout)
+    assert influxd.count("words", "total", "made_by_the_demo") > 0
+
+
+def test_points_that_do_not_arrive_are_counted_and_fail_the_run(
+    tmp_path: Path, influxd: Influxd
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as hole:  # takes all, and reads nothing
+        hole.bind(("127.0.0.1", 0))
+        url = f"udp://127.0.0.1:{hole.getsockname()[1]}/celery?http_port={influxd.http_port}"
+
+        done = run(tmp_path, "--files", "4", INFLUX=url)
+
+    assert done.returncode == 1
+    made = int(lines_of(done.stdout)["the tasks' own count"][0])
+    assert made > 4 * 4
+    assert f"0 received: {made} ARE MISSING" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"INFLUX": "http://127.0.0.1:{port}"}, "FAILED: "),
+        ({"INFLUX": "nowhere:8089"}, "FAILED: influx_databases['celery']: "),
+        ({"BROKER": "redis://127.0.0.1:{port}"}, "FAILED: no broker at redis://127.0.0.1:"),
+    ],
+)
+def test_what_cannot_start_is_said_in_one_line(
+    tmp_path: Path, environment: dict[str, str], words: str
+) -> None:
+    port = free_port()
+
+    done = run(tmp_path, **{key: url.format(port=port) for key, url in environment.items()})
+
+    assert done.returncode == 1
+    assert words in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
+    with working(tmp_path) as process:
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert output.endswith("Stopped; nothing is left running.\n")
+    assert list(tmp_path.iterdir()) == []
+    assert workers_of(process.pid) == []
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with working(tmp_path) as process:
+        for pid in workers_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert "FAILED: the worker ended with exit code -9\n" in output
+    assert re.search(r"INFO/MainProcess\] Task example_project\.tasks\.\w+.* received", output)
+    (log,) = tmp_path.iterdir()
+    assert str(log) in output
+    assert log.read_text().rstrip().endswith(output.splitlines()[-1].strip())
+
+
+@contextlib.contextmanager
+def working(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run in the middle of its work."""
+    with subprocess.Popen(
+        [*COMMAND, "--seconds", "60"],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait_for(lambda: [t for t in tmp_path.glob("*/tally") if "task" in t.read_text()], 30)
+            yield process
+        finally:
+            process.kill()
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker's processes: its node is named after the run's process."""
+    name = f"example-{pid}@".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if name in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
