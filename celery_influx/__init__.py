@@ -14,7 +14,8 @@ from celery_influx.errors import (
     QueryError,
     SendError,
 )
-from celery_influx.line_protocol import decode, encode
+from celery_influx.line_protocol import encode
+from celery_influx.line_reader import decode
 from celery_influx.plugin import Influx, install
 from celery_influx.point import Point, Precision
 from celery_influx.timing import timed

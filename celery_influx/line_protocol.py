@@ -1,31 +1,36 @@
-"""Line protocol: points to bytes and back, as influxd 1.x reads it. No I/O, clock or log.
+"""Line protocol: points to bytes, for influxd 1.x. No I/O, clock or log.
 
 Whatever ``encode`` returns is stored by InfluxDB exactly as given; a point that cannot be is
 refused. Ordinary names go a fast way. Where a name holds a backslash or a control character,
-the reader below, which follows influxd's own, has the last word on the line.
+``line_reader``, which follows influxd's own, has the last word on the line.
 
 Rules: https://docs.influxdata.com/influxdb/v1/write_protocols/line_protocol_reference/
-The reader: https://github.com/influxdata/influxdb/blob/1.6/models/points.go
 Checked against influxd 1.6.7 and influxdata/line-protocol-corpus: tests/conformance/
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from decimal import Decimal
 from enum import Enum
 from typing import Any
 
 from celery_influx.errors import DecodeError, FieldError, PointError
+from celery_influx.line_reader import (
+    MAX_INT,
+    MAX_KEY_LENGTH,
+    MAX_TIME,
+    MIN_INT,
+    MIN_TIME,
+    as_stored,
+    line_end,
+    read_line,
+)
 from celery_influx.point import Point, Precision
-
-MIN_TIME = -9223372036854775806
-MAX_TIME = 9223372036854775806
-MAX_KEY_LENGTH = 65535
-_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 
 # influxd's storage joins series key and field key with this and, when it starts, parts them at
 # its first appearance: a series key holding it comes back from a restart as another series.
@@ -84,13 +89,15 @@ class Encoder:
         return f"<Encoder precision={self._precision.value!r} tags={self._tags!r}>"
 
 
-class _Rare(Exception):
+class _RareError(Exception):
     """This point needs the slow way."""
 
 
 class _Cache(dict[Any, str]):
-    """Escaped text by name, filled on demand and emptied when full: a stream of ever new names
-    costs time, not memory. Ask only for exact ``str``: a subclass could lie when compared.
+    """Escaped text by name, filled on demand and emptied when full.
+
+    A stream of ever new names so costs time, not memory. Ask only for exact ``str``: a subclass
+    could lie when compared.
     """
 
     __slots__ = ("_escape",)
@@ -110,19 +117,19 @@ class _Cache(dict[Any, str]):
 
 def _plain_measurement(name: str) -> str:
     if not _is_plain(name) or name[0] == "#" or name in _SYSTEM_NAMES:
-        raise _Rare
+        raise _RareError
     return name.translate(_MEASUREMENT_ESCAPES)
 
 
 def _plain_key(name: str) -> str:
     if not _is_plain(name) or name == "time":
-        raise _Rare
+        raise _RareError
     return name.translate(_NAME_ESCAPES)
 
 
 def _plain_field_key(name: str) -> str:
     if name in _SYSTEM_FIELDS:
-        raise _Rare
+        raise _RareError
     return f",{_plain_key(name)}="
 
 
@@ -131,11 +138,11 @@ def _plain_tag(pair: tuple[str, str]) -> str:
     if not value:
         return ""
     if not _is_plain(value):
-        raise _Rare
+        raise _RareError
     return f",{_plain_key(key)}={value.translate(_NAME_ESCAPES)}"
 
 
-def _encoder(
+def _encoder(  # noqa: PLR0915 - see its docstring
     constant: dict[str, str],
     unit: int,
     clock: Callable[[], int] | None,
@@ -148,19 +155,19 @@ def _encoder(
     simple = frozenset({int, float, bool})
     try:
         constant_text = "".join(map(_plain_tag, constant.items()))
-    except _Rare:
+    except _RareError:
         constant_text = ""
 
-    def fast(point: Point) -> bytes:
-        """Ordinary names in ordinary dicts; whatever else it meets, it raises _Rare."""
+    def fast(point: Point) -> bytes:  # noqa: PLR0915 - a call more costs 100 ns
+        """Ordinary names in ordinary dicts; whatever else it meets, it raises _RareError."""
         measurement, fields, tags, timestamp = point
         if type(measurement) is not str or type(fields) is not dict:
-            raise _Rare
+            raise _RareError
         line = measurements[measurement]
         if tags is None:
             line += constant_text
         elif type(tags) is not dict:
-            raise _Rare
+            raise _RareError
         else:
             if constant:
                 if tags.keys().isdisjoint(constant):
@@ -169,37 +176,37 @@ def _encoder(
                     tags = {**constant, **tags}
             for key, value in tags.items():
                 if type(key) is not str:
-                    raise _Rare
+                    raise _RareError
                 if type(value) is str:
                     line += pairs[key, value]
                 elif type(value) in simple:
                     line += pairs[key, str(value)]
                 elif value is not None:
-                    raise _Rare
+                    raise _RareError
         body = ""
         left_out = 0
         for key, value in fields.items():
             kind = type(value)
             if type(key) is not str:
-                raise _Rare
+                raise _RareError
             if kind is float:
                 if value - value == 0.0:
                     body += f"{field_keys[key]}{value!r}"
                 else:
-                    field_keys[key]  # a bad key is refused whatever its value
                     left_out += 1
-            elif kind is int and _MIN_INT <= value <= _MAX_INT:
+            elif kind is int and MIN_INT <= value <= MAX_INT:
                 body += f"{field_keys[key]}{value}i"
             elif kind is str:
                 if '"' in value or "\\" in value:
-                    value = value.translate(_STRING_ESCAPES)
-                body += f'{field_keys[key]}"{value}"'
+                    body += f'{field_keys[key]}"{value.translate(_STRING_ESCAPES)}"'
+                else:
+                    body += f'{field_keys[key]}"{value}"'
             elif kind is bool:
                 body += field_keys[key] + ("true" if value else "false")
             else:
-                raise _Rare
+                raise _RareError
         if not body:
-            raise _Rare
+            raise _RareError
         if timestamp is None and clock is not None:
             timestamp = clock()
         if timestamp is None:
@@ -208,12 +215,12 @@ def _encoder(
             if unit != 1:
                 timestamp //= unit
             if not MIN_TIME <= timestamp * unit <= MAX_TIME:
-                raise _Rare
+                raise _RareError
             encoded = f"{line} {body[1:]} {timestamp}".encode()
         else:
-            raise _Rare
+            raise _RareError
         if len(encoded) > MAX_KEY_LENGTH:
-            raise _Rare
+            raise _RareError
         if left_out and on_left_out is not None:
             on_left_out(left_out)
         return encoded
@@ -244,8 +251,8 @@ def _encoder(
     def encode(point: Point) -> bytes:
         try:
             return fast(point)
-        except (_Rare, UnicodeEncodeError, RuntimeError):  # RuntimeError: a dict changed meanwhile
-            pass
+        except (_RareError, UnicodeEncodeError, RuntimeError):
+            pass  # a RuntimeError: the dict was changed by another thread meanwhile
         return slow(point)
 
     return encode
@@ -258,7 +265,7 @@ def _show(value: object) -> str:
     """``repr(value)``, short, and whatever its ``__repr__`` does."""
     try:
         text = repr(value)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a user's __repr__ may raise anything
         return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= 100 else f"{text[:80]}...{text[-10:]}"
 
@@ -272,10 +279,10 @@ def _items(name: str, what: str, mapping: object) -> list[tuple[str, Any]]:
     except Exception as error:
         raise PointError(f"{name}: {what} cannot be read: {error!r}") from error
     found: dict[str, Any] = {}
-    for key, value in items:
-        if not isinstance(key, str):
-            raise PointError(f"{name}: {what}: key {_show(key)}: expected a str")
-        key = str.__str__(key)
+    for given, value in items:
+        if not isinstance(given, str):
+            raise PointError(f"{name}: {what}: key {_show(given)}: expected a str")
+        key = str.__str__(given)
         if key in found:
             raise PointError(f"{name}: {what}: key {_show(key)} is there twice")
         found[key] = value
@@ -309,23 +316,21 @@ def _values(name: str, fields: object) -> tuple[dict[str, Any], int]:
             left_out += 1
         elif value is not None:
             found[key] = value
-        if not key or key == "time":
-            _line(name, "m", {}, {key: 0}, None)  # refused, even where the value is left out
     return found, left_out
 
 
-def _value(name: str, key: str, given: object) -> float | int | bool | str | None:
+def _value(name: str, key: str, given: object) -> float | bool | str | None:
     value = given
     for _ in range(3):  # an Enum of a numpy scalar of …; never for ever
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, int):
             value = int.__index__(value)
-            if _MIN_INT <= value <= _MAX_INT:
+            if MIN_INT <= value <= MAX_INT:
                 return value
             raise FieldError(
                 f"{name}: field {_show(key)}: {_show(value)} does not fit into InfluxDB's 64 bits;"
-                f" expected {_MIN_INT} to {_MAX_INT}. Send float() of it, or a str"
+                f" expected {MIN_INT} to {MAX_INT}. Send float() of it, or a str"
             )
         if isinstance(value, float):
             return float.__float__(value)
@@ -351,7 +356,7 @@ def _value(name: str, key: str, given: object) -> float | int | bool | str | Non
 
 def _ticks(name: str, timestamp: object, unit: int) -> int:
     """The timestamp in units of ``unit`` nanoseconds, rounded down."""
-    given = _show(timestamp)
+    given = timestamp
     try:
         if isinstance(timestamp, datetime):
             if timestamp.utcoffset() is None:
@@ -360,21 +365,20 @@ def _ticks(name: str, timestamp: object, unit: int) -> int:
             # pandas' datetime knows nanoseconds too
             rest = since.microseconds * 1000 + int(getattr(timestamp, "nanosecond", 0))
             nanoseconds = (since.days * 86400 + since.seconds) * 1_000_000_000 + rest
-        elif isinstance(timestamp, bool):
-            raise TypeError
         else:
-            nanoseconds = operator.index(timestamp)  # type: ignore[arg-type]
+            # True is an int, but no time
+            nanoseconds = operator.index("" if isinstance(timestamp, bool) else timestamp)  # type: ignore[arg-type]
     except TypeError:
         raise PointError(
-            f"{name}: timestamp {given}: expected nanoseconds since 1970 as an int (such as"
+            f"{name}: timestamp {_show(given)}: expected nanoseconds since 1970 as an int (such as"
             " time.time_ns(); a float is not exact enough), or a datetime"
         ) from None
     except Exception as error:
-        raise PointError(f"{name}: timestamp {given} cannot be read: {error!r}") from error
+        raise PointError(f"{name}: timestamp {_show(given)} cannot be read: {error!r}") from error
     ticks = nanoseconds // unit
     if not MIN_TIME <= ticks * unit <= MAX_TIME:
         raise PointError(
-            f"{name}: timestamp {given}: InfluxDB's time ends at {MIN_TIME} and {MAX_TIME}"
+            f"{name}: timestamp {_show(given)}: InfluxDB's time ends at {MIN_TIME} and {MAX_TIME}"
             " nanoseconds since 1970 (the years 1677 and 2262)"
         )
     return ticks
@@ -398,9 +402,22 @@ def _line(
             f"{name}: {_show(error.object[error.start : error.end])} is half of a surrogate pair,"
             " no character; decode the text it came from with errors='replace'"
         ) from None
-    if not _stores(line, measurement, tags, fields, ticks):
-        raise PointError(f"{name}: {_blame(measurement, tags, fields)}")
-    return line
+    if _stores(line, measurement, tags, fields, ticks):
+        return line
+    blame = _blame(measurement, tags, fields)
+    if blame:
+        raise PointError(f"{name}: {blame}")
+    # Each part is good alone. Where a line ends, as influxd reads it, can depend on their order.
+    for order in itertools.islice(itertools.permutations(tags.items()), 24):
+        for keys in (list(fields), list(reversed(fields))):
+            line = _join(measurement, dict(order), {key: fields[key] for key in keys}, ticks)
+            if _stores(line, measurement, tags, fields, ticks):
+                return line
+    raise PointError(
+        f"{name}: backslashes, quotes and newlines in its names and values, each of them harmless"
+        " alone, would together end the line at another place; leave the backslashes out of the"
+        " names"
+    )
 
 
 def _join(
@@ -420,7 +437,7 @@ def _escape_field_key(key: str) -> str:
     return key.translate(_NAME_ESCAPES).replace('\\"', '\\\\"')
 
 
-def _escape_value(value: float | int | bool | str) -> str:
+def _escape_value(value: float | bool | str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -438,11 +455,11 @@ def _stores(
     ticks: int | None,
 ) -> bool:
     """Whether influxd stores just this point for ``line``, whatever other lines stand around."""
-    if _line_end(line + b"\n", 0) != len(line) or measurement[:1] in ("", "#", "\t", "\0"):
+    if line_end(line + b"\n", 0) != len(line) or measurement[:1] in ("", "#", "\t", "\0"):
         return False
     try:
-        series, read = _read(line, 1)
-        stored = _as_stored(read)
+        series, read = read_line(line, 1)
+        stored = as_stored(read)
     except DecodeError:
         return False
     return (
@@ -463,7 +480,7 @@ def _is_findable(series: bytes, measurement: str) -> bool:
 
 
 def _blame(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> str:
-    """What keeps this point from being stored: the first part that cannot be even alone."""
+    """The first part that could not be stored even alone; "" if it is none of them."""
     if not _storable(measurement, {}, {"f": 0}):
         return f"measurement {_show(measurement)} {_reason(measurement, 'measurement')}"
     for key, text in tags.items():
@@ -484,10 +501,7 @@ def _blame(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> st
             f"measurement, tags and field key take {longest} bytes together; InfluxDB takes"
             f" {MAX_KEY_LENGTH}. Move long tags to fields"
         )
-    return (
-        "backslashes, quotes and newlines in its names and values, each of them harmless alone,"
-        " would end the line at another place; leave the backslashes out of the names"
-    )
+    return ""
 
 
 def _storable(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> bool:
@@ -518,317 +532,9 @@ def _reason(name: str, place: str) -> str:
     return "has a backslash before a comma, space, quote or equals sign; use another character"
 
 
-# -- reading, as influxd does ------------------------------------------------------------------
-
-_BLANK = b" \t\0"
-_NAME = re.compile(rb"[^,](?:[^, ]+|(?<=\\)[, ])*", re.DOTALL)
-_TAG_KEY = re.compile(rb"[^ ,=](?:[^ ,=]+|(?<=\\)[ ,=])*", re.DOTALL)
-_TAG_VALUE = re.compile(rb"[^ ,](?:[^ ,=]+|(?<=\\)[ ,=])*", re.DOTALL)
-_FIELD_KEY = re.compile(rb"(?:[^=]+|(?<=\\)=)*", re.DOTALL)
-_FIELD_VALUE = re.compile(
-    rb'(?:[^",\\]+|\\["\\]?|"(?:[^"\\]+|\\["\\]?)*(?:"|\Z))*', re.DOTALL
-)
-_LINE_TOKEN = re.compile(rb'\\.?|[ =,"\n]', re.DOTALL)
-_FIELDS_TOKEN = re.compile(rb'\\.|[ =,"]', re.DOTALL)
-_WORD = re.compile(rb"[^, ]*", re.DOTALL)
-_INT = re.compile(rb"-?[0-9]+i")
-_FLOAT_LIKE = re.compile(rb"-?[0-9.eE](?:[0-9.eE]|(?<=[eE])[+-])*")
-_TIME = re.compile(rb"(-?[0-9]*)(?=[ \n]|\Z)")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-_TIME_OUTSIDE = f"time outside range {MIN_TIME} - {MAX_TIME}"
-
-
 def encode(point: Point) -> bytes:
     """One line for ``point``, without a newline, or :class:`PointError`: see :class:`Encoder`."""
     return _default.encode(point)
-
-
-def decode(line: bytes, unit: int = 1) -> Point:
-    """The point that InfluxDB 1.x would store for one line.
-
-    Args:
-        line: One line; a newline at its end is allowed.
-        unit: How many nanoseconds one unit of its timestamp has; the time limits depend on it.
-
-    Returns:
-        The point, its timestamp as in the line; ``None`` where there is none, as for tags.
-        Each byte that is not UTF-8 becomes U+FFFD, as in InfluxDB's answers.
-
-    Raises:
-        DecodeError: InfluxDB would refuse the line, or it is none, or several.
-    """
-    points, refused = parse(line, unit)
-    if refused:
-        raise DecodeError(refused[0])
-    if len(points) != 1:
-        raise DecodeError(f"expected one line with a point, found {len(points)}: {_show(line)}")
-    return points[0]
-
-
-def parse(payload: bytes, unit: int = 1) -> tuple[list[Point], list[str]]:
-    """All points of a datagram or body, and why InfluxDB 1.x would refuse the other lines.
-
-    A reason that begins ``unable to parse`` costs a datagram all its points, over UDP, one that
-    begins ``proto`` also a body; any other reason costs that point only.
-    """
-    points: list[Point] = []
-    refused: list[str] = []
-    for line in _lines(payload):
-        try:
-            point = _read(line, unit)[1]
-        except DecodeError as error:
-            refused.append(f"unable to parse '{_text(line)}': {error}")
-            continue
-        try:
-            points.append(_as_stored(point))
-        except DecodeError as error:
-            refused.append(str(error))
-    return points, refused
-
-
-def _text(raw: bytes) -> str:
-    """As influxd's answers show it: U+FFFD for each byte that is not UTF-8."""
-    return _NOT_UTF8.sub("\ufffd", _name_text(raw))
-
-
-def _name_text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
-
-
-def _lines(payload: bytes) -> Iterator[bytes]:
-    """Each line that is no comment and not blank, without what influxd skips before it."""
-    start = 0
-    while start < len(payload):
-        end = _line_end(payload, start)
-        line = payload[start:end].lstrip(_BLANK)
-        start = end + 1
-        if line and not line.startswith(b"#"):
-            yield line.removesuffix(b"\n")
-
-
-def _line_end(payload: bytes, start: int) -> int:
-    """Where the line ends. influxd looks for it with rules of its own, looser than those by
-    which it then reads the line: escapes go in pairs, any space begins the fields.
-    """
-    in_fields = quoted = False
-    equals = commas = 0
-    for match in _LINE_TOKEN.finditer(payload, start):
-        token = match.group()
-        if token == b"\n":
-            if not quoted:
-                return match.start()
-        elif token == b" ":
-            in_fields = True
-        elif not in_fields:
-            continue
-        elif token == b'"':
-            quoted ^= equals > commas
-        elif not quoted:
-            equals += token == b"="
-            commas += token == b","
-    return len(payload)
-
-
-def _read(line: bytes, unit: int) -> tuple[bytes, Point]:
-    """The series key as it is stored, and the point; DecodeError tells in influxd's words."""
-    name, tags, at = _read_series(line)
-    series = b",".join([name, *(b"%b=%b" % tag for tag in sorted(tags))])
-    if len(series) > MAX_KEY_LENGTH:
-        raise DecodeError(f"max key length exceeded: {len(series)} > {MAX_KEY_LENGTH}")
-    at = len(line) - len(line[at:].lstrip(_BLANK))
-    end = _fields_end(line, at)
-    body = line[at:end]
-    _check_key_lengths(body, len(series))
-    timestamp = _read_time(line, end, unit)
-    point = Point(
-        _name_text(re.sub(rb'\\([ ,="])', rb"\1", name)),
-        _read_fields(body),
-        {_unescape_tag(key): _unescape_tag(value) for key, value in tags} or None,
-        timestamp,
-    )
-    return series, point
-
-
-def _unescape_tag(raw: bytes) -> str:
-    return _text(re.sub(rb"\\([ ,=])", rb"\1", raw))
-
-
-def _read_series(line: bytes) -> tuple[bytes, list[tuple[bytes, bytes]], int]:
-    match = _NAME.match(line)
-    if not match:
-        raise DecodeError("missing measurement")
-    name, at = match.group(), match.end()
-    tags: list[tuple[bytes, bytes]] = []
-    while line[at : at + 1] == b",":
-        match = _TAG_KEY.match(line, at + 1)
-        if not match:
-            raise DecodeError("missing tag key")
-        key, at = match.group(), match.end()
-        if line[at : at + 1] != b"=":
-            raise DecodeError("missing tag value")
-        match = _TAG_VALUE.match(line, at + 1)
-        if not match:
-            raise DecodeError("missing tag value")
-        tags.append((key, match.group()))
-        at = match.end()
-        if line[at : at + 1] == b"=":
-            raise DecodeError("invalid tag format")
-    if at >= len(line):
-        raise DecodeError("missing fields")
-    if len({key for key, _ in tags}) < len(tags):
-        raise DecodeError("duplicate tags")
-    return name, tags, at
-
-
-def _fields_end(line: bytes, at: int) -> int:
-    """Where the field set that starts at ``at`` ends; checks it as loosely as influxd does."""
-    quoted = False
-    equals = commas = 0
-    while match := _FIELDS_TOKEN.search(line, at):
-        token, at = match.group(), match.end()
-        if token == b'"':
-            quoted ^= equals > commas
-        elif quoted:
-            continue
-        elif token == b",":
-            commas += 1
-        elif token == b" ":
-            at -= 1
-            break
-        elif token == b"=":
-            equals += 1
-            if line[at - 2 : at - 1] in (b" ", b",") and line[at - 3 : at - 2] != b"\\":
-                raise DecodeError("missing field key")
-            if line[at : at + 1] in (b"", b",", b" "):
-                raise DecodeError("missing field value")
-            if line[at : at + 1] != b'"':
-                at = _scalar_end(line, at)
-    else:
-        at = len(line)
-    if quoted:
-        raise DecodeError("unbalanced quotes")
-    if equals == 0 or commas != equals - 1:
-        raise DecodeError("invalid field format")
-    return at
-
-
-def _scalar_end(line: bytes, at: int) -> int:
-    match = _WORD.match(line, at)
-    assert match is not None  # it matches nothing, too
-    word = match.group()
-    if word[:1] in b"0123456789.-Nn":
-        _number(word)
-    elif word not in _BOOLS:
-        raise DecodeError("invalid boolean")
-    return match.end()
-
-
-_BOOLS = {
-    **dict.fromkeys((b"t", b"T", b"true", b"True", b"TRUE"), True),
-    **dict.fromkeys((b"f", b"F", b"false", b"False", b"FALSE"), False),
-}
-
-
-def _number(word: bytes) -> int | float:
-    if _INT.fullmatch(word):
-        digits = word[:-1].decode()
-        try:
-            return _int64(digits)
-        except DecodeError as error:
-            raise DecodeError(f"unable to parse integer {digits}: {error}") from None
-    # Of what only looks like a number influxd says one thing or the other.
-    if not _FLOAT_LIKE.fullmatch(word) or word.count(b".") > 1 or word in (b".", b"-."):
-        raise DecodeError("invalid number")
-    try:
-        number = float(word)
-    except ValueError:
-        raise DecodeError("invalid float") from None
-    if number - number != 0.0:
-        raise DecodeError("invalid float")
-    return number
-
-
-def _int64(digits: str) -> int:
-    # Python's int() refuses thousands of digits with an error of its own.
-    if len(digits.lstrip("-0")) <= 19 and _MIN_INT <= (value := int(digits)) <= _MAX_INT:
-        return value
-    raise DecodeError(f'strconv.ParseInt: parsing "{digits}": value out of range')
-
-
-def _check_key_lengths(body: bytes, series_length: int) -> None:
-    """influxd walks the fields once more to measure their keys, and stumbles where a key's
-    escapes read otherwise than when it looked for the end of the fields.
-    """
-    while body:
-        match = _FIELD_KEY.match(body)
-        assert match is not None  # it matches nothing, too
-        key, at = match.group(), match.end()
-        if at > len(body) - 2:
-            raise DecodeError(f"invalid value: field-key={_text(key)}")
-        size = series_length + 4 + len(key)
-        if size > MAX_KEY_LENGTH:
-            raise DecodeError(f"max key length exceeded: {size} > {MAX_KEY_LENGTH}")
-        match = _FIELD_VALUE.match(body, at + 1)
-        assert match is not None
-        body = body[match.end() + 1 :]
-
-
-def _read_fields(body: bytes) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    at = 0
-    while at < len(body):
-        match = _FIELD_KEY.match(body, at)
-        assert match is not None
-        key = _name_text(re.sub(rb'\\([ ,="])', rb"\1", match.group()))
-        match = _FIELD_VALUE.match(body, match.end() + 1)
-        assert match is not None
-        raw, at = match.group(), match.end() + 1
-        value: float | int | bool | str
-        if raw.startswith(b'"'):
-            value = _text(re.sub(rb'\\(["\\])', rb"\1", raw[1:-1]))
-        elif raw in _BOOLS:
-            value = _BOOLS[raw]
-        else:
-            value = _number(raw)
-        if key in fields and type(fields[key]) is not type(value):
-            raise DecodeError("field type conflict")
-        fields[key] = value
-    return fields
-
-
-def _read_time(line: bytes, at: int, unit: int) -> int | None:
-    at = len(line) - len(line[at:].lstrip(_BLANK))
-    match = _TIME.match(line, at)
-    if not match:
-        raise DecodeError("bad timestamp")
-    digits = match.group().decode()
-    if not digits:
-        return None
-    if digits == "-":
-        raise DecodeError('strconv.ParseInt: parsing "-": invalid syntax')
-    timestamp = _int64(digits)
-    if not MIN_TIME <= timestamp * unit <= MAX_TIME:
-        raise DecodeError(_TIME_OUTSIDE)
-    if line[match.end() :].strip(b" "):
-        raise DecodeError("point is invalid")
-    return timestamp
-
-
-def _as_stored(point: Point) -> Point:
-    """``time`` is influxd's: as a tag it costs the point, as a field only that field. And its
-    index files take only UTF-8.
-    """
-    what = f'"time" on measurement "{point.measurement}" is invalid'
-    if point.tags and "time" in point.tags:
-        raise DecodeError(f"invalid tag key: input tag {what}")
-    fields = {key: value for key, value in point.fields.items() if key != "time"}
-    if not fields:
-        raise DecodeError(f"invalid field name: input field {what}")
-    if _NOT_UTF8.search(point.measurement):
-        raise DecodeError('proto: field "tsdb.MeasurementFields.Name" contains invalid UTF-8')
-    if any(map(_NOT_UTF8.search, fields)):
-        raise DecodeError('proto: field "tsdb.Field.Name" contains invalid UTF-8')
-    return point._replace(fields=fields)
 
 
 _default = Encoder()

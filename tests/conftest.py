@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from celery_influx.line_reader import decode
+from celery_influx.point import Point
 from tests.servers import Influxd, Redis
 
 
@@ -32,3 +37,51 @@ def database(influxd: Influxd) -> str:
     name = f"test{next(_databases)}"
     influxd.query(f'CREATE DATABASE "{name}"')
     return name
+
+
+class Receiver:
+    """A UDP port that keeps what comes to it, with nothing of the package's in between."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.settimeout(0.02)
+        self._lines: list[bytes] = []
+        self.url = f"udp://127.0.0.1:{self._socket.getsockname()[1]}?http_port=0"
+
+    def points(self, measurement: str, at_least: int = 0) -> list[Point]:
+        """All points of a measurement so far, as soon as there are ``at_least`` so many."""
+
+        def arrived() -> list[Point] | None:
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    self._lines += self._socket.recv(65_536).split(b"\n")
+            points = [decode(line) for line in self._lines if line]
+            found = [point for point in points if point.measurement == measurement]
+            return found if len(found) >= at_least else None
+
+        deadline = time.monotonic() + 10
+        while (found := arrived()) is None:
+            assert time.monotonic() < deadline, f"less than {at_least} points of {measurement}"
+        return found
+
+    def close(self) -> None:
+        """Give the port back."""
+        self._socket.close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """Where the points of this test go, by ``influx_databases = {"main": receiver.url}``."""
+    found = Receiver()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def other_receiver() -> Iterator[Receiver]:
+    """One more."""
+    found = Receiver()
+    yield found
+    found.close()

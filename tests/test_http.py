@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from celery_influx.errors import QueryError, SendError
-from celery_influx.line_protocol import split_lines
+from celery_influx.line_reader import split_lines
 from celery_influx.options import DatabaseOptions
 from celery_influx.transports import answers, open_transport
 from celery_influx.transports import http as http_module

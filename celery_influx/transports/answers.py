@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from celery_influx.errors import SendError
-from celery_influx.line_protocol import split_lines
+from celery_influx.line_reader import split_lines
 from celery_influx.queries import parse_json
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The line protocol against influxd itself and against influxdata/line-protocol-corpus."""

@@ -1,0 +1,123 @@
+"""What encode writes is what influxd stores, whatever the transport and the precision."""
+
+from __future__ import annotations
+
+import math
+import socket
+from pathlib import Path
+
+import pytest
+
+from celery_influx.errors import PointError
+from celery_influx.line_protocol import Encoder, encode
+from celery_influx.point import Point, Precision
+from tests.conformance.hostile import Hostile
+from tests.conformance.reading import exactly, key_of, read_back
+from tests.servers import Influxd, wait_for
+
+COUNT = 400
+
+
+def hostile_lines(seed: int) -> list[tuple[Point, bytes]]:
+    """Points that the encoder takes, each a measurement of its own, with their lines.
+
+    Own measurements, since the first type of a field wins; and no key both of a tag and of a
+    field anywhere, since queries answer such ones under another name.
+    """
+    hostile = Hostile(seed)
+    tag_keys: set[str] = set()
+    field_keys: set[str] = {"ok"}
+    found: list[tuple[Point, bytes]] = []
+    while len(found) < COUNT:
+        name, fields, tags, _ = hostile.point()
+        tags = {key: value for key, value in (tags or {}).items() if value}
+        name = f"{name}~{len(found)}" if len(found) % 2 else f"{len(found)}~{name}"
+        fields = {k: v for k, v in fields.items() if type(v) in (int, float, str, bool)}
+        fields = {
+            key: value
+            for key, value in fields.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        point = Point(name, fields, tags or None, len(found) - 200)
+        if tag_keys & fields.keys() or field_keys & tags.keys() or tags.keys() & fields.keys():
+            continue
+        try:
+            line = encode(point)
+        except PointError:
+            continue
+        tag_keys |= tags.keys()
+        field_keys |= fields.keys()
+        found.append((point, line))
+    return found
+
+
+def payloads(lines: list[tuple[Point, bytes]]) -> list[bytes]:
+    """Three hostile lines at a time, an ordinary one before, between and after them."""
+    found = []
+    for start in range(0, len(lines), 3):
+        parts = [b"neighbour ok=%di %d" % (start * 10, start * 10)]
+        for number, (_, line) in enumerate(lines[start : start + 3], start * 10 + 1):
+            parts += [line, b"neighbour ok=%di %d" % (number, number)]
+        found.append(b"\n".join(parts))
+    return found
+
+
+def check(influxd: Influxd, database: str, lines: list[tuple[Point, bytes]]) -> None:
+    """Every neighbour is stored, and every point just as given, and nothing else."""
+    stored = read_back(influxd, database)
+    neighbours = [key for key in stored if key[0] == "neighbour"]
+    assert len(neighbours) == sum(p.count(b"neighbour ok=") for p in payloads(lines))
+    for key in neighbours:
+        assert stored.pop(key).fields == {"ok": key[2]}
+    for point, line in lines:
+        found = stored.pop(key_of(point), None)
+        assert found is not None, (point, line)
+        assert exactly(found) == exactly(point), line
+    assert stored == {}
+
+
+def test_hostile_points_sent_by_http_are_stored_exactly(influxd: Influxd, database: str) -> None:
+    lines = hostile_lines(1)
+    for payload in payloads(lines):
+        assert influxd.write(payload, database) == (204, "")
+
+    check(influxd, database, lines)
+
+
+def test_hostile_points_sent_by_udp_are_stored_and_survive_a_restart(tmp_path: Path) -> None:
+    lines = hostile_lines(2)
+    neighbours = sum(p.count(b"neighbour ok=") for p in payloads(lines))
+    with Influxd(tmp_path / "influxd") as server:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for payload in payloads(lines):
+                sock.sendto(payload, ("127.0.0.1", server.udp_port))
+        wait_for(lambda: server.count("neighbour", "ok") == neighbours, 20)
+        check(server, server.udp_database, lines)
+
+        # Names are read from disk by other code of influxd's than from the wire.
+        server.stop()
+        server.start()
+        check(server, server.udp_database, lines)
+
+
+def test_a_tag_and_a_field_may_have_the_same_name(influxd: Influxd, database: str) -> None:
+    influxd.write(encode(Point("m", {"a": 1}, {"a": "x"}, 1)), database)
+
+    found = influxd.query('SELECT "a"::field, "a"::tag FROM m', database)
+
+    assert found[0]["values"] == [[1, 1, "x"]]
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_times_arrive_rounded_down_in_each_precision(
+    influxd: Influxd, database: str, precision: Precision
+) -> None:
+    times = [1_700_000_000_123_456_789, 0, -1, 9_223_372_036_000_000_000, -9_223_372_036 * 10**9]
+    encoder = Encoder(precision=precision)
+    lines = b"\n".join(encoder.encode(Point("m", {"f": 1}, None, time)) for time in times)
+
+    assert influxd.write(lines, database, precision=precision.value) == (204, "")
+
+    unit = precision.nanoseconds
+    expected = sorted(time // unit * unit for time in times)
+    assert [row["time"] for row in influxd.rows("m", database)] == expected
