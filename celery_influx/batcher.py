@@ -50,7 +50,8 @@ class Batcher:
         self._flush_interval = flush_interval
         self._wanted = threading.Event()
         self._progress = threading.Condition()
-        self._settled = 0  # lines taken from the buffer whose fate is known
+        # Lines taken from the buffer whose fate is known; those of earlier batchers are done.
+        self._settled = buffer.taken
         self._failed = 0  # of these, the ones that did not go out
         self._deadline: float | None = None  # set by close: when to stop, however much waits
         self._thread = threading.Thread(target=self._run, name=f"celery_influx {name}", daemon=True)
@@ -70,8 +71,10 @@ class Batcher:
         self.wake()
         with self._progress:
             while self._settled + buffer.dropped < target:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._thread.is_alive():
+                now = time.monotonic()
+                left = deadline - now
+                closed = self._deadline is not None and now >= self._deadline
+                if left <= 0 or closed or not self._thread.is_alive():
                     return False
                 self._progress.wait(left)
             return buffer.dropped + self._failed == failures
@@ -88,7 +91,8 @@ class Batcher:
         What is still waiting then is dropped, counted and logged.
         """
         self.finish(time.monotonic() + timeout)
-        self._thread.join(timeout)
+        # Where no time is given it still has to come out of its wait.
+        self._thread.join(max(timeout, 0.05))
         if self._thread.is_alive():
             # It hangs in an attempt; being a daemon it does not hold the process up.
             logger.warning("%s: an attempt to send did not end within %s s", self._name, timeout)
@@ -97,6 +101,8 @@ class Batcher:
             self._drain()
         dropped = self._buffer.clear()
         self._counters[DROPPED] += dropped
+        with self._progress:
+            self._progress.notify_all()
         if dropped:
             logger.warning(
                 "%s: %d lines could not be sent within %s s at the end, and were dropped",
@@ -104,15 +110,27 @@ class Batcher:
                 dropped,
                 timeout,
             )
-        if not self._thread.is_alive():
-            self._delivery.close()
-        return not dropped and not self._thread.is_alive()
+        if self.hangs():
+            return False  # the thread closes the transport, should it ever come back
+        self._close_transport()
+        return not dropped
+
+    def hangs(self) -> bool:
+        """After ``close``: whether the thread is still in an attempt, and so in the transport."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         while self._deadline is None:
             self._wanted.wait(self._flush_interval)
             self._wanted.clear()
             self._drain()
+        self._close_transport()
+
+    def _close_transport(self) -> None:
+        try:
+            self._delivery.close()
+        except Exception:  # noqa: BLE001 - nothing is lost by it
+            self._report.warn("close", "%s: closing failed", self._name, exc_info=True)
 
     def _drain(self) -> None:
         """Send until nothing waits, or until the deadline of ``close``."""
@@ -127,7 +145,7 @@ class Batcher:
                     self._delivery.reject(too_long)
                 if lines and self._delivery.deliver(lines):
                     sent = len(lines)
-            except Exception:  # noqa: BLE001 - a thread that dies takes every later point along
+            except BaseException:  # noqa: BLE001 - a thread that dies takes every later point along
                 self._delivery.give_up(len(lines))
                 self._report.warn(
                     "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True

@@ -17,6 +17,7 @@ class Buffer:
     Attributes:
         bytes: Bytes that wait.
         put_lines: Lines ever put.
+        taken: Lines ever taken, those that were too long among them.
         dropped: Lines ever dropped, because the buffer was full or was cleared.
     """
 
@@ -25,21 +26,28 @@ class Buffer:
         self.max_bytes = max_bytes
         self.bytes = 0
         self.put_lines = 0
+        self.taken = 0
         self.dropped = 0
         self._lines: deque[bytes] = deque()
-        # Reentrant: a finaliser or signal handler may send a point from inside `put`.
+        # Reentrant: a finaliser or signal handler may send a point from inside `put` or `take`,
+        # at any call there. So no call stands between reading and writing a number below.
         self._lock = threading.RLock()
 
     def put(self, lines: Sequence[bytes]) -> int:
         """Append ``lines``; the number of (oldest) lines dropped for them."""
         dropped = 0
+        count = len(lines)
         with self._lock:
             for line in lines:
                 self._lines.append(line)
-                self.bytes += len(line) + 1
-            self.put_lines += len(lines)
-            while self.bytes > self.max_bytes or len(self._lines) > self.max_lines:
-                self.bytes -= len(self._lines.popleft()) + 1
+                size = len(line) + 1
+                self.bytes += size
+            self.put_lines += count
+            while (
+                self.bytes > self.max_bytes or len(self._lines) > self.max_lines
+            ) and self._lines:
+                size = len(self._lines.popleft()) + 1
+                self.bytes -= size
                 dropped += 1
             self.dropped += dropped
         return dropped
@@ -48,15 +56,18 @@ class Buffer:
         """Remove one payload's worth of the oldest lines, as ``pack`` says."""
         with self._lock:
             taken, too_long, size = pack(self._lines, max_lines, max_bytes)
+            count = len(taken) + too_long
             self.bytes -= size
+            self.taken += count
         return taken, too_long
 
     def clear(self) -> int:
         """Drop all that waits; the number of lines."""
         with self._lock:
-            dropped = len(self._lines)
-            self._lines.clear()
-            self.bytes = 0
+            lines, self._lines = self._lines, deque()
+            dropped = len(lines)
+            size = sum(map(len, lines)) + dropped
+            self.bytes -= size
             self.dropped += dropped
         return dropped
 
@@ -79,14 +90,15 @@ def pack(lines: deque[bytes], max_lines: int, max_bytes: int) -> tuple[list[byte
     gone = 0
     room = max_bytes + 1
     while lines and len(taken) < max_lines:
-        size = len(lines[0]) + 1
-        if size > room:
-            if size <= max_bytes + 1:
-                break
-            lines.popleft()
-            too_long += 1
-        else:
-            taken.append(lines.popleft())
+        line = lines.popleft()
+        size = len(line) + 1
+        if size <= room:
+            taken.append(line)
             room -= size
+        elif size <= max_bytes + 1:
+            lines.appendleft(line)
+            break
+        else:
+            too_long += 1
         gone += size
     return taken, too_long, gone

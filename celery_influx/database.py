@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery_influx.batcher import Batcher
 from celery_influx.buffer import Buffer
 from celery_influx.counters import DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
 from celery_influx.delivery import Delivery
-from celery_influx.errors import FieldError, InfluxError, PointError
-from celery_influx.line_protocol import Encoder, decode
+from celery_influx.errors import ConfigError, FieldError, InfluxError, PointError
+from celery_influx.line_protocol import Encoder
+from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point, Precision
 from celery_influx.report import Report
@@ -49,6 +52,8 @@ class Database:
             into a buffer of its own, with ``tags`` on each point.
         upstream: Called by ``flush`` with the seconds left; it waits for lines that others hand
             to this process, and says whether they all came.
+        passing: Exceptions that may come at any moment, from a signal handler, and mean the
+            caller, not the point: ``send_data`` lets them through.
         tags: Tags of every point, where ``settle`` is not given.
     """
 
@@ -60,6 +65,7 @@ class Database:
         enabled: bool = True,
         settle: Callable[[], None] | None = None,
         upstream: Callable[[float], bool] | None = None,
+        passing: tuple[type[Exception], ...] = (),
         tags: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options
@@ -67,13 +73,21 @@ class Database:
         self._enabled = enabled
         self._settle = settle or self._begin_alone
         self._upstream = upstream
+        self._passing = passing
         self._tags = tags or {}
+        # A small queue must not be full before the batch that wakes the batcher is.
+        self._wake_lines = min(options.batch_size, max(1, options.queue_size // 2))
+        self._wake_bytes = min(options.batch_bytes, options.queue_bytes // 2)
         self._retired: list[object] = []
         self._transport: Transport | None = None
         self._http: HTTPClient | None = None
         self._batcher: Batcher | None
+        self._opening: bool
+        self._closing: bool
         self._encode: Callable[[Point], bytes]
         self._forget()
+        if settle is None:
+            _alone().add(self)
 
     @property
     def name(self) -> str:
@@ -99,19 +113,25 @@ class Database:
         """
         if not self._enabled:
             return
-        if type(point) is not Point:
-            if isinstance(point, Iterable) and not isinstance(point, _NOT_MANY):
-                for each in point:
-                    self.send_data(each)
-                return
+        if type(point) is Point or isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
+            self._send(point)
+            return
+        points: Iterator[object] | None = None
+        while True:
             try:
-                point = _as_point(point)
-            except PointError as error:
+                points = iter(point) if points is None else points
+                each = next(points)
+            except StopIteration:
+                return
+            except Exception as error:  # noqa: BLE001 - a user's generator may raise anything
                 self._reject(error)
                 return
+            self._send(each)
+
+    def _send(self, point: object) -> None:
         try:
-            line = self._encode(point)
-        except PointError as error:
+            line = self._encode(point if type(point) is Point else _as_point(point))
+        except Exception as error:  # noqa: BLE001 - and so may any object when it is read
             self._reject(error)
             return
         self._counters[POINTS] += 1
@@ -122,7 +142,13 @@ class Database:
         self._settled()
         self._queue(lines)
 
-    def _reject(self, error: PointError) -> None:
+    def _reject(self, error: Exception) -> None:
+        cause = error.__cause__ if isinstance(error, PointError) else error
+        if cause is not None and isinstance(cause, (*self._passing, ConfigError)):
+            raise cause  # no point's fault: the task's time is up, or the configuration is wrong
+        if not isinstance(error, PointError):
+            error = PointError(f"the point cannot be read: {_say(error)}")
+            error.__cause__ = cause
         self._settled()
         self._counters[POINTS] += 1
         self._counters[REJECTED] += 1
@@ -139,9 +165,10 @@ class Database:
         self._settled()
         deadline = time.monotonic() + timeout
         arrived = self._upstream(timeout) if self._upstream else True
-        if self._batcher is None:
-            return arrived
-        return self._batcher.flush(max(0.0, deadline - time.monotonic())) and arrived
+        batcher = self._batcher
+        if batcher is None:
+            return arrived and not len(self._buffer)
+        return batcher.flush(max(0.0, deadline - time.monotonic())) and arrived
 
     def finish(self, deadline: float) -> None:
         """Begin to close: send what waits until ``deadline`` (``time.monotonic``)."""
@@ -156,9 +183,20 @@ class Database:
         """
         with self._starting:
             batcher, self._batcher = self._batcher, None
+            self._closing = self._closing or batcher is not None
         if self._http:
             self._http.close()
-        return batcher.close(timeout) if batcher else True
+        if batcher is None:
+            return True
+        try:
+            return batcher.close(timeout)
+        finally:
+            with self._starting:
+                self._closing = False
+                if batcher.hangs():
+                    self._transport = None  # it belongs to the thread that hangs in it
+                if len(self._buffer):
+                    self._start()  # for what came after its last look
 
     def stats(self) -> dict[str, int]:
         """What became of every point: counter to count, as ``counters.COUNTERS`` explains.
@@ -176,7 +214,7 @@ class Database:
     @property
     def address(self) -> str:
         """Where points go, as a URL without secrets."""
-        return self._transport.address if self._transport else open_transport(self.options).address
+        return (self._transport or open_transport(self.options)).address
 
     # -- questions -------------------------------------------------------------------------------
 
@@ -231,24 +269,31 @@ class Database:
         """Set out in this process: count in ``counters``, and queue here or write to ``relay``."""
         self._counters = counters
         self._account = account
+        if relay is not None:
+            self._relay = relay
+            self._put = self._put_relay
+        else:
+            self._put = self._put_own
+        # Last: other threads take it as the sign that all the rest is there.
         self._encode = Encoder(
             tags=tags,
             precision=Precision(self.options.precision),
             clock=stamps,
             on_left_out=self._count_left_out,
         ).encode
-        if relay is not None:
-            self._relay = relay
-            self._put = self._put_relay
-        else:
-            self._buffer = Buffer(self.options.queue_size, self.options.queue_bytes)
-            self._put = self._put_own
 
     def start(self) -> None:
         """Start the batcher and open the transport, before the first point asks for it."""
+        if not self._enabled:
+            return
         self._settled()
         with self._starting:
-            if self._batcher is None:
+            # Two batchers would share one transport. The lock is reentrant, so it alone does
+            # not keep a finaliser that sends a point in the middle of this from starting one.
+            if self._batcher is not None or self._closing or self._opening:
+                return
+            self._opening = True
+            try:
                 self._transport = self._transport or open_transport(self.options)
                 delivery = Delivery(self.name, self._transport, self._counters, self._report)
                 self._batcher = Batcher(
@@ -260,6 +305,15 @@ class Database:
                     batch_size=self.options.batch_size,
                     flush_interval=self.options.flush_interval,
                 )
+            finally:
+                self._opening = False
+
+    def _start(self) -> None:
+        try:
+            self.start()
+        except Exception as error:  # noqa: BLE001
+            # "can't start new thread": at the end of the interpreter, or at the user's limit.
+            self._report.warn("thread", "%s: points wait unsent: %s", self.name, error)
 
     def begin_anew(self) -> None:
         """In a forked child, at once: nothing of the parent's is used, sent again or closed.
@@ -275,8 +329,10 @@ class Database:
 
     def _forget(self) -> None:
         self._batcher = None
+        self._buffer = Buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger)
         self._starting = threading.RLock()
+        self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
         self._encode = self._first_encode
 
@@ -289,8 +345,11 @@ class Database:
         return self._encode(point)
 
     def _begin_alone(self) -> None:
-        counters = Counters(1)
-        self.begin(counters.row(0), lambda: counters.total(0), Stamps(os.getpid()), self._tags)
+        with self._starting:
+            if self._encode == self._first_encode:
+                counters = Counters(1)
+                stamps = Stamps(os.getpid())
+                self.begin(counters.row(0), lambda: counters.total(0), stamps, self._tags)
 
     def _count_left_out(self, fields: int) -> None:
         self._counters[LEFT_OUT] += fields
@@ -321,16 +380,32 @@ class Database:
             )
         batcher = self._batcher
         if batcher is None:
-            try:
-                self.start()
-            except RuntimeError as error:
-                # "can't start new thread": at the end of the interpreter, or at the user's limit.
-                self._report.warn("thread", "%s: points wait unsent: %s", self.name, error)
-        elif len(buffer) >= self.options.batch_size or buffer.bytes >= self.options.batch_bytes:
+            self._start()
+        elif len(buffer) >= self._wake_lines or buffer.bytes >= self._wake_bytes:
             batcher.wake()
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {self.address} started={self._batcher is not None}>"
+
+
+@functools.cache
+def _alone() -> weakref.WeakSet[Database]:
+    """The databases that no plugin tells of a fork."""
+    databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+    def after_fork() -> None:
+        for database in list(databases):
+            database.begin_anew()
+
+    os.register_at_fork(after_in_child=after_fork)
+    return databases
+
+
+def _say(error: Exception) -> str:
+    try:
+        return repr(error)
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
 
 
 def _as_point(given: object) -> Point:
@@ -340,7 +415,7 @@ def _as_point(given: object) -> Point:
         PointError: It stands for none.
     """
     if isinstance(given, Point):
-        return given
+        return Point(*given)  # of a subclass, too
     if isinstance(given, Mapping):
         return _from_mapping(given)
     if hasattr(given, "to_line_protocol"):
@@ -371,7 +446,7 @@ def _from_line(given: Any) -> Point:
         length = _UNITS[str(getattr(given, "write_precision", None) or "ns")]
         point: Point | None = decode(line.encode()) if line else None
     except Exception as error:  # a user's class may raise anything
-        raise PointError(f"{source} failed: {error!r}; expected one line of text") from error
+        raise PointError(f"{source} failed: {_say(error)}; expected one line of text") from error
     if point is None:
         raise FieldError(
             f"{source} gave nothing, which is a point without fields; "

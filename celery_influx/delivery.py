@@ -41,20 +41,21 @@ class Delivery:
     def deliver(self, lines: list[bytes]) -> bool:
         """Send ``lines`` as one payload; whether all of them went out."""
         payload = b"\n".join(lines)
+        count, size = len(lines), len(payload)
         counters = self._counters
         try:
             rejected = self._transport.write(payload)
         except SendError as error:
             counters[ERRORS] += 1
-            counters[LOST] += len(lines)
+            counters[LOST] += count
             self._report.warn(
-                f"send {error.cause}", "%s: %s; %d lines lost", self._name, error, len(lines)
+                f"send {error.cause}", "%s: %s; %d lines lost", self._name, error, count
             )
             return False
-        rejected = min(rejected, len(lines))
+        rejected = min(rejected, count)
         counters[PAYLOADS] += 1
-        counters[BYTES] += len(payload)
-        counters[SENT] += len(lines) - rejected
+        counters[BYTES] += size
+        counters[SENT] += count - rejected
         if rejected:
             counters[REJECTED] += rejected
             self._report.warn(
@@ -62,10 +63,10 @@ class Delivery:
                 "%s: the server rejected %d of %d lines: %s",
                 self._name,
                 rejected,
-                len(lines),
+                count,
                 getattr(self._transport, "rejection", None) or "no reason given",
             )
-        logger.debug("%s: sent %d lines, %d bytes", self._name, len(lines), len(payload))
+        logger.debug("%s: sent %d lines, %d bytes", self._name, count, size)
         return not rejected
 
     def give_up(self, lines: int) -> None:
@@ -76,14 +77,16 @@ class Delivery:
     def reject(self, lines: int) -> None:
         """Count ``lines`` that are longer than any payload."""
         self._counters[REJECTED] += lines
+        address = self._transport.address
         self._report.warn(
             "too long",
             "%s: %d lines are longer than the %d bytes of one payload to %s, and were rejected; "
-            "send shorter string fields and tags, or use the transport http",
+            "send shorter string fields and tags, or %s",
             self._name,
             lines,
             self.max_bytes,
-            self._transport.address,
+            address,
+            "use the transport http" if address.startswith("udp:") else "set 'batch_bytes' higher",
         )
 
     def close(self) -> None:

@@ -7,6 +7,8 @@ values out: ``plugin`` reads Celery's configuration and hands it over as a mappi
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -25,6 +27,8 @@ _KINDS = {
 }
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _ENCODE = "expected udp://host:8089 or the like, a password's special characters as %XX"
+#: One name or address and nothing else. A single colon would begin a port.
+_is_host = re.compile(r"[^\s\0/@?#:\[\]]+|[0-9A-Fa-f.]*(?::[0-9A-Fa-f.]*){2,}(?:%\w+)?").fullmatch
 
 T = TypeVar("T")
 
@@ -173,6 +177,14 @@ class DatabaseOptions:
         at_least=64,
         at_most=65_507,
     )
+    bytes_per_second: int = option(
+        8_000_000,
+        "Fastest sending by UDP, after a burst of 65,536 bytes. A server's socket holds little, "
+        "and what finds it full is gone unheard: raise this where its `read-buffer` is large.",
+        unit="bytes",
+        at_least=1_024,
+        at_most=10_000_000_000,
+    )
     queue_size: int = option(
         100_000,
         "Most lines that wait; when full, the oldest is dropped and counted.",
@@ -260,6 +272,7 @@ def load(settings: Mapping[str, Any]) -> Options:
             _take(values, by_key[key], value, key, mistakes)
         else:
             mistakes.append(f"unknown setting {key!r}{_did_you_mean(key, by_key)}")
+    unread = "influx_databases" in settings and "databases" not in values
     databases = {
         name: _database(name, entry, mistakes)
         for name, entry in (values.get("databases") or {"celery": {}}).items()
@@ -267,10 +280,12 @@ def load(settings: Mapping[str, Any]) -> Options:
     values["databases"] = databases
     default = values.setdefault("default_database", "") or next(iter(databases))
     values["default_database"] = default
-    if default not in databases:
+    # Where influx_databases could not be read at all, its names are not known.
+    if default not in databases and not unread:
         expected = ", ".join(map(repr, databases))
         mistakes.append(
-            f"influx_default_database: {default!r} is not in influx_databases; expected {expected}"
+            f"influx_default_database: {_shown(default)} is not in influx_databases; "
+            f"expected one of {expected}"
         )
     try:
         Encoder(tags=values.get("tags"))
@@ -287,23 +302,29 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
         mistakes.append(f"{where}: expected a name that is a string, got {name!r}")
         return DatabaseOptions()
     given: Mapping[str, object]
+    by_key = {field.name: field for field in _option_fields(DatabaseOptions)}
     if isinstance(entry, str):
-        given = _parse_url(entry, where, mistakes)
+        given = _parse_url(entry, where, by_key, mistakes)
     elif isinstance(entry, Mapping):
         given = entry
     else:
         mistakes.append(
             f"{where}: expected a URL (udp://host:8089, http://host:8086/database) "
-            f"or a mapping of options, got {type(entry).__name__}"
+            f"or a mapping of options, got {_shown(entry)}"
         )
         return DatabaseOptions()
-    by_key = {field.name: field for field in _option_fields(DatabaseOptions)}
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key in by_key:
             _take(values, by_key[key], value, f"{where}[{key!r}]", mistakes)
         else:
             mistakes.append(f"{where}: unknown option {key!r}{_did_you_mean(key, by_key)}")
+    host = values.get("host", "localhost")
+    if not _is_host(host):
+        mistakes.append(
+            f"{where}['host']: expected a host name or address alone, such as 'influx.example' or "
+            f"'::1', without scheme, port or brackets, got {_shown(host)}"
+        )
     if values.get("transport") == "http" and values.get("http_port") == 0:
         mistakes.append(f"{where}['http_port']: expected a port for transport 'http', got 0")
     if values.get("token") and (values.get("username") or values.get("password")):
@@ -318,21 +339,29 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
     return DatabaseOptions(**values)
 
 
-def _parse_url(url: str, where: str, mistakes: list[str]) -> dict[str, object]:
-    """The options that a URL stands for. The URL itself never gets into a message."""
+def _parse_url(
+    url: str, where: str, known: Mapping[str, object], mistakes: list[str]
+) -> dict[str, object]:
+    """The options that a URL stands for.
+
+    No part of it gets into a message, except where it is an option's name or close to one: what
+    looks like a port or a key may be the half of a password that was not written as %XX.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         # The error's own text may quote a part of a password.
-        mistakes.append(f"{where}: not a URL with a host and a numeric port; {_ENCODE}")
+        mistakes.append(f"{where}: not a URL with a host and a port up to 65535; {_ENCODE}")
         return {}
-    if parts.scheme not in ("udp", "http", "https"):
+    if parts.scheme not in ("udp", "http", "https") or "://" not in url:
+        # Without "://" what looks like a scheme may be a user's name.
+        wrong = f"unknown scheme {parts.scheme!r}" if "://" in url else "a URL without a scheme"
         mistakes.append(
-            f"{where}: unknown scheme {parts.scheme!r}; expected udp://, http:// or https://"
+            f"{where}: {wrong}; expected udp://host:8089, http://host:8086/database or https://…"
         )
         return {}
-    if parts.fragment or "@" in parts.path:
+    if parts.fragment or "@" in parts.path or "@" in parts.query:
         mistakes.append(f"{where}: a '#' or a second '@' in the URL; {_ENCODE}")
         return {}
     values: dict[str, object] = {"transport": "udp" if parts.scheme == "udp" else "http"}
@@ -349,9 +378,14 @@ def _parse_url(url: str, where: str, mistakes: list[str]) -> dict[str, object]:
     if parts.path.strip("/"):
         values["database"] = unquote(parts.path.strip("/"))
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
-        if key in values:
-            mistakes.append(f"{where}: {key!r} is given twice in the URL")
-        values[key] = _Text(value)
+        if key not in known:
+            hint = _did_you_mean(key, known)
+            shown = repr(key) if "did you mean" in hint else "in the URL's query"
+            mistakes.append(f"{where}: unknown option {shown}{hint}")
+        elif key in values:
+            mistakes.append(f"{where}: {key!r} is given twice in the URL; expected it once")
+        else:
+            values[key] = _Text(value)
     return values
 
 
@@ -383,7 +417,7 @@ def _take(
         or (high is not None and converted > high)
         or (above is not None and converted <= above)
     ):
-        got = f"a {type(value).__name__}" if rule["secret"] else repr(value)
+        got = _named(value) if rule["secret"] else _shown(value)
         mistakes.append(f"{where}: expected {expectation(field)}, got {got}")
         return
     values[field.name] = converted
@@ -393,7 +427,7 @@ def _convert(value: object, kind: type) -> Any:
     """``value`` as ``kind``, or None where it is something else."""
     if isinstance(value, _Text):
         try:
-            return _TRUTH[value.lower()] if kind is bool else kind(str(value))
+            value = _TRUTH[value.lower()] if kind is bool else kind(str(value))
         except (ValueError, KeyError):
             return None
     if kind is dict:
@@ -401,11 +435,29 @@ def _convert(value: object, kind: type) -> Any:
     if isinstance(value, bool) and kind is not bool:
         return None
     if kind is float and isinstance(value, (int, float)):
-        return float(value) if abs(value) < float("inf") else None
+        try:
+            return float(value) if math.isfinite(value) else None
+        except OverflowError:
+            return None
     if kind is str and isinstance(value, str):
         # A choice may be given as an Enum that is a str: keep its plain value.
         return str.__str__(value)
     return value if isinstance(value, kind) else None
+
+
+def _shown(value: object) -> str:
+    """``value`` for a message, but only its type where it may hold a secret, or be long."""
+    if value is None or isinstance(value, float):
+        return repr(value)
+    if isinstance(value, int) and -(2**64) < value < 2**64:
+        return repr(value)
+    if isinstance(value, str) and len(value) <= 60 and not set(value) & set("@?=&"):
+        return repr(str.__str__(value))
+    return _named(value)
+
+
+def _named(value: object) -> str:
+    return f"a value of type {'str' if isinstance(value, str) else type(value).__name__}"
 
 
 def expectation(field: dataclasses.Field[Any]) -> str:

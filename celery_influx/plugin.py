@@ -7,13 +7,16 @@ import logging
 import os
 import random
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.local import Proxy
 from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 
 from celery_influx.counters import DROPPED, Counters
@@ -42,6 +45,8 @@ def install(app: Celery) -> Influx:
 
     It reads no configuration, opens nothing and starts nothing. Calling it again changes nothing.
     """
+    if isinstance(app, Proxy):
+        app = app._get_current_object()  # noqa: SLF001 - `current_app` is another one tomorrow
     found = app.__dict__.get("influx")
     if isinstance(found, Influx):
         return found
@@ -81,6 +86,7 @@ class Influx:
         self._worker: _Worker | None = None
         self._lock = threading.RLock()
         self._settled = False
+        self._forked = False
         self._queue_names: dict[tuple[str, str], str] = {}
         #: Whether tasks run in greenlets, many to a thread.
         self.is_green = False
@@ -225,11 +231,8 @@ class Influx:
         if name is None:
             if len(self._queue_names) >= _MOST_ROUTES:
                 self._queue_names.clear()
-            matching = (
-                queue.name
-                for queue in self._app.amqp.queues.values()
-                if queue.exchange.name == exchange and queue.routing_key == key
-            )
+            queues = list(self._app.amqp.queues.consume_from.values())
+            matching = (queue.name for queue in queues if _leads_to(exchange, key, queue))
             name = self._queue_names[exchange, key] = next(matching, key)
         return name
 
@@ -251,6 +254,7 @@ class Influx:
                             enabled=options.enabled,
                             settle=self._settle,
                             upstream=self.relayed,
+                            passing=(SoftTimeLimitExceeded,),
                         )
                         for name, database in options.databases.items()
                     }
@@ -281,12 +285,15 @@ class Influx:
                     {**tags, **self.options.tags},
                     partial(relay.put, number) if relay else None,
                 )
+            if self._forked and relay is None:
+                _before_exit(self.close)
             self._settled = True
 
     def after_fork(self) -> None:
         """In a forked child, at once: begin anew, in ways that take no lock of the parent's."""
         self._lock = threading.RLock()
         self._settled = False
+        self._forked = True
         if self._worker:
             self._worker.after_fork()
         for database in (self._databases or {}).values():
@@ -334,18 +341,52 @@ class _Worker:
         return self.relay.close(timeout) if self.relay else True
 
 
+def _leads_to(exchange: str, key: str, queue: Any) -> bool:
+    """Whether a message to ``exchange`` with the routing key ``key`` comes to ``queue``."""
+    if queue.exchange.name != exchange:
+        return False
+    kind = queue.exchange.type
+    if kind == "topic":
+        return _is_topic((queue.routing_key or "").split("."), key.split("."))
+    return bool(kind != "direct" or queue.routing_key == key)
+
+
+def _is_topic(pattern: list[str], words: list[str]) -> bool:
+    """AMQP's topics: ``*`` stands for one word, ``#`` for any number of them."""
+    if not pattern:
+        return not words
+    first, rest = pattern[0], pattern[1:]
+    if first == "#":
+        return any(_is_topic(rest, words[start:]) for start in range(len(words) + 1))
+    return bool(words) and first in ("*", words[0]) and _is_topic(rest, words[1:])
+
+
 def _settings(app: Celery) -> dict[str, Any]:
     """All ``influx_…`` settings of ``app``, by plain lower-case name."""
+    # The keys first: the configuration is loaded, and its prefix known, by this access.
+    keys = [key for key in app.conf if isinstance(key, str)]
     prefix = (getattr(app.conf, "prefix", None) or "").lower()
     found = {}
-    # `keys()` first: the configuration is loaded by the first access.
-    for key in list(app.conf):
-        name = key.lower() if isinstance(key, str) else ""
+    for key in keys:
+        name = key.lower()
         if prefix and name.startswith(prefix):
             name = name[len(prefix) :]
+        elif prefix and name != key:
+            continue  # Django's setting for something else: INFLUX_HOST, for instance
         if name.startswith("influx_"):
             found[name] = app.conf.get(name, app.conf.get(key))
     return found
+
+
+def _before_exit(close: Callable[[], object]) -> None:
+    """Where this process is a child of multiprocessing, or of Celery's own: ``close`` at its end.
+
+    These end by ``os._exit``, and so without ``atexit``.
+    """
+    for name in ("multiprocessing.util", "billiard.util"):
+        util = sys.modules.get(name)
+        if util:
+            util.Finalize(None, close, exitpriority=0)
 
 
 def _after_fork() -> None:

@@ -68,7 +68,7 @@ class Relay:
         self.owner = os.getpid()
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)  # of this end only: reading still waits
-        self._inode = os.fstat(self._write_fd).st_ino
+        self._pipe = self._identity(self._write_fd)
         try:
             fcntl.fcntl(self._write_fd, _F_SETPIPE_SZ, _CAPACITY)
         except OSError:
@@ -98,7 +98,8 @@ class Relay:
         deadline = time.monotonic() + timeout
         mark = _HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(serial)
         while not self._write(mark, max(0.0, deadline - time.monotonic())):
-            if time.monotonic() >= deadline:
+            # Closed meanwhile, or children filled what room there was.
+            if self._write_fd < 0 or time.monotonic() >= deadline:
                 return False
         with self._read_all:
             return self._read_all.wait_for(
@@ -112,15 +113,16 @@ class Relay:
         """
         if self._reader is None:
             return True
+        deadline = time.monotonic() + timeout
         done = self.sync(timeout)
         reader, self._reader = self._reader, None
         # The reader sees that it is not wanted at the next frame.
         self._write(_HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(next(self._serials)), 0.1)
-        reader.join(timeout)
+        reader.join(max(0.1, deadline - time.monotonic()))
         if reader.is_alive():
             return False  # it still reads: its numbers must stay its own
         for database, _ in self._parts.values():
-            self._lost(database)
+            self._say_lost(database)
         self._parts.clear()
         self.leave()
         return done
@@ -157,30 +159,36 @@ class Relay:
             return False
         serial = next(self._serials) % 2**32
         pid = os.getpid()
+        until = time.monotonic() + self.PATIENCE
         for index, part in enumerate(parts):
             head = _HEADER.pack(_PART.size + len(part), FRAGMENT, database)
             frame = head + _PART.pack(pid, serial, index, len(parts)) + part
-            if not self._write(frame, 0.0 if self._impatient else self.PATIENCE):
+            patience = 0.0 if self._impatient else max(0.0, until - time.monotonic())
+            if not self._write(frame, patience):
                 # The reader counts a line that began and did not end.
                 return index > 0
         return True
 
     def _write(self, frame: bytes, patience: float) -> bool:
-        try:
-            os.write(self._write_fd, frame)
-        except BlockingIOError:
-            if patience and self._wait_for_room(patience):
-                return self._write(frame, 0.0)
+        until = None
+        while True:
+            try:
+                os.write(self._write_fd, frame)
+            except BlockingIOError:
+                until = until or time.monotonic() + patience
+                if self._wait_for_room(until - time.monotonic()):
+                    continue  # but another writer may be quicker to use it
+            except OSError:
+                pass  # EPIPE: the worker is gone. EBADF: this process has closed all its files.
+            else:
+                self._impatient = False
+                return True
             self._impatient = True
             return False
-        except OSError:
-            # EPIPE: the worker is gone. EBADF: this process has closed all its files.
-            self._impatient = True
-            return False
-        self._impatient = False
-        return True
 
     def _wait_for_room(self, patience: float) -> bool:
+        if patience <= 0:
+            return False
         poll = select.poll()  # select() cannot take numbers over 1,023
         poll.register(self._write_fd, select.POLLOUT)
         try:
@@ -191,12 +199,17 @@ class Relay:
     def _close(self, fd: int) -> int:
         """Close ``fd`` if it still is this pipe: beat closes all, and others get the numbers."""
         try:
-            if fd >= 0 and os.fstat(fd).st_ino == self._inode:
+            if fd >= 0 and self._identity(fd) == self._pipe:
                 os.close(fd)
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
         return -1
+
+    @staticmethod
+    def _identity(fd: int) -> tuple[int, int]:
+        found = os.fstat(fd)
+        return found.st_dev, found.st_ino
 
     # -- the reader's thread ---------------------------------------------------------------------
 
@@ -206,15 +219,11 @@ class Relay:
         while self._reader is me:
             try:
                 data = os.read(self._read_fd, _CAPACITY)
-                if not data:
-                    return
-                rest = self._take_apart(rest + data if rest else data)
             except OSError:
                 return  # closed under us: the worker is ending
-            except Exception:
-                # A reader that dies would leave every child with a full pipe.
-                logger.exception("the relay could not deliver what it read")
-                rest = b""
+            if not data:
+                return
+            rest = self._take_apart(rest + data if rest else data)
 
     def _take_apart(self, data: bytes) -> bytes:
         """Deliver the whole frames in ``data``; the beginning of one that is not whole yet."""
@@ -237,12 +246,16 @@ class Relay:
                 if line is not None:
                     lines.setdefault(database, []).append(line)
             elif kind == SYNC:
-                (synced,) = _SERIAL.unpack_from(data, start)
+                synced = max(synced, *_SERIAL.unpack_from(data, start))
         for database, found in lines.items():
-            self._deliver(database, found)
+            try:
+                self._deliver(database, found)
+            except Exception:
+                # A reader that dies would leave every child with a full pipe.
+                logger.exception("the relay could not deliver %d lines it read", len(found))
         if synced:
             with self._read_all:
-                self._synced = synced
+                self._synced = max(self._synced, synced)
                 self._read_all.notify_all()
         return data[position:]
 
@@ -272,7 +285,13 @@ class Relay:
         dead = [key for key in self._parts if key[0] != pid and not _alive(key[0])]
         for key in dead + mine[: max(0, len(mine) - self._MOST_OPEN + 1)]:
             database, _ = self._parts.pop(key)
+            self._say_lost(database)
+
+    def _say_lost(self, database: int) -> None:
+        try:
             self._lost(database)
+        except Exception:
+            logger.exception("the relay could not count a line it lost")
 
 
 def _alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -29,18 +30,24 @@ class Report:
         self._interval = interval
         self._clock = clock
         self._said: dict[str, tuple[float, int]] = {}
+        # Reentrant: a log handler may itself send points.
+        self._lock = threading.RLock()
 
     def warn(self, cause: str, text: str, *args: object, exc_info: bool = False) -> None:
         """Log ``text % args``, or count it if ``cause`` was logged within the interval."""
         now = self._clock()
-        last, unsaid = self._said.get(cause, (None, 0))
-        if last is not None and now - last < self._interval:
-            self._said[cause] = (last, unsaid + 1)
-            return
-        if len(self._said) >= self.MAX_CAUSES:
-            self._said.clear()
-        self._said[cause] = (now, 0)
+        with self._lock:
+            last, unsaid = self._said.get(cause, (None, 0))
+            if last is not None and now - last < self._interval:
+                self._said[cause] = (last, unsaid + 1)
+                return
+            if len(self._said) >= self.MAX_CAUSES:
+                self._said.clear()
+            self._said[cause] = (now, 0)
         if unsaid:
             text += " (and %d times more since it was last said)"
             args = (*args, unsaid)
-        self._logger.warning(text, *args, exc_info=exc_info)
+        try:
+            self._logger.warning(text, *args, exc_info=exc_info)
+        except Exception:  # noqa: BLE001, S110
+            pass  # a user's log filter may raise; neither a task nor the batcher ends by that

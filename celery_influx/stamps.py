@@ -2,6 +2,7 @@
 
 InfluxDB overwrites a point that has the measurement, tags and timestamp of another. So a stamp
 goes up by at least 1,000 ns within a process, and its last three digits are the process's slot.
+Only a clock that is put back, by a second or more, is followed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import time
 from collections.abc import Callable
 
 SLOTS = 1_000
+#: A clock that jumps back so many ns was put right: to go on from the old time would give all
+#: points one and the same time until it has caught up.
+_PUT_BACK = 1_000_000_000
 
 
 class Stamps:
@@ -33,7 +37,7 @@ class Stamps:
         now = self._clock()
         now += self.slot - now % SLOTS
         with self._lock:
-            if now <= self._last:
+            if now <= self._last < now + _PUT_BACK:
                 now = self._last + SLOTS
             self._last = now
         return now

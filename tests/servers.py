@@ -118,7 +118,7 @@ class Server:
         """All it has printed so far."""
         return (self.folder / "log").read_text(errors="replace")
 
-    def __enter__(self):  # noqa: ANN204
+    def __enter__(self):
         self.start()
         return self
 

@@ -1,0 +1,508 @@
+"""Batcher: when it sends, what flush and close promise, and that nothing ends its thread."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from celery_influx.batcher import Batcher
+from celery_influx.buffer import Buffer
+from celery_influx.counters import COUNTERS, Counters
+from celery_influx.delivery import Delivery
+from celery_influx.errors import SendError
+from celery_influx.options import DatabaseOptions
+from celery_influx.report import Report
+from celery_influx.transports import Transport
+from celery_influx.transports.http import HTTPClient
+from tests.servers import wait_for
+
+NEVER = 3600.0
+
+
+class Gate:
+    """A transport that keeps its payloads and when each had gone; it may be shut, or fail."""
+
+    address = "udp://gate:1"
+
+    def __init__(self, max_bytes: int = 1_000) -> None:
+        self.limit = max_bytes
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.failures: list[BaseException] = []
+        self.limit_failures: list[BaseException] = []
+        self.payloads: list[bytes] = []
+        self.last_sent = 0.0
+        self.seconds = 0.0
+        self.closed = threading.Event()
+
+    @property
+    def max_bytes(self) -> int:
+        if self.limit_failures:
+            raise self.limit_failures.pop()
+        return self.limit
+
+    def write(self, payload: bytes) -> int:
+        self.entered.set()
+        self.open.wait(60)
+        if self.seconds:
+            time.sleep(self.seconds)
+        if self.failures:
+            raise self.failures.pop()
+        self.payloads.append(payload)
+        self.last_sent = time.monotonic()
+        return 0
+
+    def abandon(self) -> None:
+        """Not used here."""
+
+    def close(self) -> None:
+        self.closed.set()
+
+    @property
+    def lines(self) -> list[bytes]:
+        return b"\n".join(self.payloads).split(b"\n") if self.payloads else []
+
+
+class Setup:
+    """A batcher and all that it stands on."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        flush_interval: float = NEVER,
+        batch_size: int = 5_000,
+        max_lines: int = 100_000,
+    ) -> None:
+        self.counters = Counters(1)
+        row = self.counters.row(0)
+        report = Report(logging.getLogger("tests.batcher"))
+        self.buffer = Buffer(max_lines, 10_000_000)
+        self.batcher = Batcher(
+            "metrics",
+            self.buffer,
+            Delivery("metrics", transport, row, report),
+            row,
+            report,
+            batch_size=batch_size,
+            flush_interval=flush_interval,
+        )
+
+    def counted(self) -> dict[str, int]:
+        total = self.counters.total(0)
+        return {name: total[name] for name in COUNTERS if total[name] and name != "bytes"}
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    transport = Gate()
+    yield transport
+    transport.open.set()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Setup]]:
+    made: list[Setup] = []
+
+    def one(transport: Transport, **options: object) -> Setup:
+        made.append(Setup(transport, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.batcher.close(0)
+
+
+# -- when it sends -----------------------------------------------------------------------------
+
+
+def test_a_line_waits_no_longer_than_the_flush_interval(gate: Gate, make) -> None:
+    setup = make(gate, flush_interval=0.05)
+
+    for number in range(3):
+        setup.buffer.put([b"line %d" % number])
+        put = time.monotonic()
+        wait_for(lambda count=number: len(gate.payloads) > count, 5)
+        assert gate.last_sent - put < 1
+
+
+def test_it_does_not_send_before_its_time_unless_it_is_woken(gate: Gate, make) -> None:
+    setup = make(gate)
+
+    setup.buffer.put([b"line"])
+    assert not gate.entered.wait(0.1)
+    setup.batcher.wake()
+
+    wait_for(lambda: gate.payloads == [b"line"], 5)
+
+
+def test_woken_it_sends_all_that_waits_and_not_one_batch_only(gate: Gate, make) -> None:
+    setup = make(gate, batch_size=10)
+
+    setup.buffer.put([b"%d" % number for number in range(1_005)])
+    setup.batcher.wake()
+
+    wait_for(lambda: len(gate.payloads) == 101, 5)
+    assert gate.lines == [b"%d" % number for number in range(1_005)]
+    assert {payload.count(b"\n") + 1 for payload in gate.payloads} == {10, 5}
+
+
+def test_payloads_keep_to_the_transports_limit_as_it_is_at_the_time(gate: Gate, make) -> None:
+    setup = make(gate)
+    gate.limit = 20
+
+    setup.buffer.put([b"0123456789"] * 3)
+    assert setup.batcher.flush(5)
+    gate.limit = 32
+    setup.buffer.put([b"0123456789"] * 3)
+    assert setup.batcher.flush(5)
+
+    assert [len(payload) for payload in gate.payloads] == [10, 10, 10, 32]
+
+
+# -- flush -------------------------------------------------------------------------------------
+
+
+def test_flush_returns_within_20_ms_of_the_last_send_it_waited_for(gate: Gate, make) -> None:
+    setup = make(gate, batch_size=100)
+    gate.seconds = 0.002
+    delays = []
+
+    for _ in range(7):
+        setup.buffer.put([b"line"] * 1_000)
+        assert setup.batcher.flush(10)
+        delays.append(time.monotonic() - gate.last_sent)
+
+    assert len(gate.payloads) == 70
+    assert sorted(delays)[3] < 0.020, delays
+
+
+def test_flush_with_nothing_waiting_is_true_at_once(gate: Gate, make) -> None:
+    setup = make(gate)
+
+    assert setup.batcher.flush(0) is True
+    setup.buffer.put([b"line"])
+    assert setup.batcher.flush(5) is True
+    assert setup.batcher.flush(0) is True
+
+
+def test_flush_waits_for_the_lines_in_the_attempt_under_way(gate: Gate, make) -> None:
+    setup = make(gate)
+    gate.open.clear()
+    setup.buffer.put([b"line"])
+    setup.batcher.wake()
+    assert gate.entered.wait(5)
+    assert len(setup.buffer) == 0
+
+    assert setup.batcher.flush(0.05) is False
+    gate.open.set()
+
+    assert setup.batcher.flush(5) is True
+
+
+def test_flush_is_false_at_its_deadline_when_the_transport_hangs(gate: Gate, make) -> None:
+    setup = make(gate)
+    gate.open.clear()
+    setup.buffer.put([b"line"])
+
+    begin = time.monotonic()
+    assert setup.batcher.flush(0.2) is False
+
+    assert 0.2 <= time.monotonic() - begin < 0.5
+
+
+def test_flush_is_false_at_its_deadline_when_a_real_server_never_answers(make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        client = HTTPClient(
+            DatabaseOptions(
+                host="127.0.0.1",
+                http_port=hole.getsockname()[1],
+                transport="http",
+                http_timeout=1.0,
+            )
+        )
+        setup = make(client)
+        setup.buffer.put([b"m f=1"])
+
+        begin = time.monotonic()
+        assert setup.batcher.flush(0.3) is False
+        assert 0.3 <= time.monotonic() - begin < 0.6
+
+        assert setup.batcher.flush(5) is False
+        assert setup.counted() == {"lost": 1, "errors": 1}
+        assert setup.batcher.flush(5) is True
+
+
+def test_flush_is_false_where_a_line_it_waited_for_was_lost(gate: Gate, make) -> None:
+    setup = make(gate)
+    gate.failures.append(SendError("no", "ECONNREFUSED"))
+    setup.buffer.put([b"line"])
+
+    assert setup.batcher.flush(5) is False
+
+    setup.buffer.put([b"line"])
+    assert setup.batcher.flush(5) is True
+    assert setup.counted() == {"sent": 1, "payloads": 1, "lost": 1, "errors": 1}
+
+
+def test_flush_is_false_where_a_line_it_waited_for_was_too_long(gate: Gate, make) -> None:
+    setup = make(gate)
+    gate.limit = 10
+    setup.buffer.put([b"short", b"much too long", b"short"])
+
+    assert setup.batcher.flush(5) is False
+
+    wait_for(lambda: gate.payloads == [b"short", b"short"], 5)
+    assert setup.counted()["rejected"] == 1
+
+
+def test_flush_is_false_where_the_buffer_dropped_what_it_waited_for(gate: Gate, make) -> None:
+    setup = make(gate, max_lines=10, batch_size=1)
+    gate.open.clear()
+    setup.buffer.put([b"first"])
+    setup.batcher.wake()
+    assert gate.entered.wait(5)
+    setup.buffer.put([b"a"] * 5)
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(setup.batcher.flush(5)))
+    waiting.start()
+    time.sleep(0.05)  # until flush has seen what waits; where it has not, there is less to see
+
+    assert setup.buffer.put([b"b"] * 10) == 5
+    gate.open.set()
+    waiting.join()
+
+    assert found == [False]
+
+
+def test_flushes_at_once_each_get_their_answer(gate: Gate, make) -> None:
+    setup = make(gate, batch_size=1)
+    answers = []
+    start = threading.Barrier(8)
+
+    def flush(number: int) -> None:
+        start.wait()
+        for i in range(20):
+            setup.buffer.put([b"%d %d" % (number, i)])
+            answers.append((setup.batcher.flush(10), b"%d %d" % (number, i) in gate.lines))
+
+    threads = [threading.Thread(target=flush, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert answers == [(True, True)] * 160
+    assert setup.counted() == {"sent": 160, "payloads": 160}
+
+
+def test_flush_ends_at_once_where_close_drops_what_it_waits_for(gate: Gate, make) -> None:
+    setup = make(gate, batch_size=1)
+    gate.open.clear()
+    setup.buffer.put([b"first"])
+    setup.batcher.wake()
+    assert gate.entered.wait(5)
+    setup.buffer.put([b"second"])
+    found = []
+
+    def flush() -> None:
+        found.append(setup.batcher.flush(30))
+        found.append(time.monotonic())
+
+    waiting = threading.Thread(target=flush)
+    waiting.start()
+    time.sleep(0.05)
+    setup.batcher.close(0.1)
+    closed = time.monotonic()
+    waiting.join(10)  # while the transport still hangs
+    gate.open.set()
+
+    assert found[0] is False
+    assert found[1] - closed < 5
+
+
+# -- nothing ends the thread -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_any_exception_of_the_transport_is_counted_logged_and_survived(
+    kind: type[BaseException], gate: Gate, make, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = make(gate)
+    gate.failures += [kind("odd"), kind("odd")]
+
+    for _ in range(2):
+        setup.buffer.put([b"a", b"b"])
+        assert setup.batcher.flush(5) is False
+    setup.buffer.put([b"c"])
+    assert setup.batcher.flush(5) is True
+
+    assert setup.counted() == {"sent": 1, "payloads": 1, "lost": 4, "errors": 2}
+    assert caplog.messages == ["metrics: sending failed unexpectedly"]
+    assert f"{kind.__name__}: odd" in caplog.text
+
+
+def test_where_the_limit_cannot_be_told_the_lines_wait_for_the_next_time(
+    gate: Gate, make, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = make(gate, flush_interval=0.05)
+    gate.limit_failures.append(UnicodeError("no such name"))
+    setup.buffer.put([b"line"])
+
+    assert setup.batcher.flush(5) is True
+
+    assert gate.payloads == [b"line"]
+    assert setup.counted() == {"sent": 1, "payloads": 1, "errors": 1}
+    assert "UnicodeError: no such name" in caplog.text
+
+
+# -- close -------------------------------------------------------------------------------------
+
+
+def test_close_sends_all_that_waits_and_closes_the_transport(gate: Gate, make) -> None:
+    setup = make(gate, batch_size=10)
+    setup.buffer.put([b"line"] * 100)
+
+    assert setup.batcher.close(5) is True
+
+    assert len(gate.lines) == 100
+    assert gate.closed.is_set()
+    assert not setup.batcher._thread.is_alive()
+
+
+def test_close_is_idempotent(gate: Gate, make) -> None:
+    setup = make(gate)
+    setup.buffer.put([b"line"])
+
+    assert [setup.batcher.close(5) for _ in range(3)] == [True] * 3
+    assert setup.counted() == {"sent": 1, "payloads": 1}
+
+
+def test_close_without_time_ends_an_idle_batcher(
+    gate: Gate, make, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = make(gate)
+
+    assert setup.batcher.close(0) is True
+    assert caplog.messages == []
+
+
+def test_close_at_its_deadline_drops_counts_and_logs_what_is_left(
+    gate: Gate, make, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = make(gate, batch_size=1)
+    gate.seconds = 0.05
+    setup.buffer.put([b"line"] * 100)
+
+    begin = time.monotonic()
+    assert setup.batcher.close(0.2) is False
+
+    assert time.monotonic() - begin < 0.5
+    setup.batcher._thread.join(5)  # the attempt that was under way at the deadline
+    counted = setup.counted()
+    assert counted["sent"] + counted["dropped"] == 100
+    assert counted["sent"] >= 1
+    assert caplog.messages[-1] == (
+        f"metrics: {counted['dropped']} lines could not be sent within 0.2 s at the end, and were "
+        "dropped"
+    )
+
+
+def test_close_does_not_wait_for_a_transport_that_hangs(
+    gate: Gate, make, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = make(gate, batch_size=1)
+    gate.open.clear()
+    setup.buffer.put([b"line"] * 4)
+    setup.batcher.wake()
+    assert gate.entered.wait(5)
+
+    begin = time.monotonic()
+    assert setup.batcher.close(0.2) is False
+
+    assert 0.2 <= time.monotonic() - begin < 0.5
+    assert setup.counted() == {"dropped": 3}
+    assert caplog.messages == [
+        "metrics: an attempt to send did not end within 0.2 s",
+        "metrics: 3 lines could not be sent within 0.2 s at the end, and were dropped",
+    ]
+
+
+def test_a_thread_that_hung_at_close_ends_and_closes_the_transport_when_it_comes_back(
+    gate: Gate, make
+) -> None:
+    setup = make(gate, batch_size=1)
+    gate.open.clear()
+    setup.buffer.put([b"line"])
+    setup.batcher.wake()
+    assert gate.entered.wait(5)
+    assert setup.batcher.close(0.05) is False
+    assert setup.batcher.hangs()
+
+    setup.buffer.put([b"later"])
+    gate.open.set()
+
+    assert gate.closed.wait(5)
+    setup.batcher._thread.join(5)
+    assert not setup.batcher.hangs()
+    assert gate.payloads == [b"line"]
+
+
+def test_a_line_put_after_the_threads_last_look_is_sent_by_close(gate: Gate, make) -> None:
+    setup = make(gate)
+    setup.batcher.finish(time.monotonic() + 5)
+    setup.batcher._thread.join(5)
+    setup.buffer.put([b"late"])
+
+    assert setup.batcher.close(5) is True
+    assert gate.payloads == [b"late"]
+
+
+def test_all_told_to_finish_first_share_one_deadline(make) -> None:
+    gates = [Gate() for _ in range(3)]
+    setups = [make(gate, batch_size=1) for gate in gates]
+    for gate, setup in zip(gates, setups, strict=True):
+        gate.open.clear()
+        setup.buffer.put([b"line"] * 2)
+        setup.batcher.wake()
+        assert gate.entered.wait(5)
+    gates[2].open.set()
+    deadline = time.monotonic() + 0.3
+
+    for setup in setups:
+        setup.batcher.finish(deadline)
+    closed = [setup.batcher.close(max(0.0, deadline - time.monotonic())) for setup in setups]
+
+    assert closed == [False, False, True]
+    assert time.monotonic() < deadline + 0.4
+    for gate in gates:
+        gate.open.set()
+
+
+def test_a_batcher_on_a_buffer_of_an_earlier_one_flushes_as_the_first_did(gate: Gate, make) -> None:
+    setup = make(gate)
+    setup.buffer.put([b"a"] * 7)
+    assert setup.batcher.close(5)
+    report = Report(logging.getLogger("tests.batcher"))
+    row = setup.counters.row(0)
+    second = Batcher(
+        "metrics",
+        setup.buffer,
+        Delivery("metrics", gate, row, report),
+        row,
+        report,
+        batch_size=10,
+        flush_interval=NEVER,
+    )
+
+    setup.buffer.put([b"b"])
+    assert second.flush(5) is True
+
+    assert gate.payloads[-1] == b"b"
+    second.close(5)

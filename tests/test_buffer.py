@@ -1,0 +1,249 @@
+"""Buffer against a plain list as model; then many threads, and puts from inside of puts."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from celery_influx.buffer import Buffer, pack
+
+MAX_LINES, MAX_BYTES = 7, 40
+
+
+def size(lines: list[bytes]) -> int:
+    return sum(len(line) + 1 for line in lines)
+
+
+class BufferAgainstModel(RuleBasedStateMachine):
+    """What a list would do, said as plainly as can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = Buffer(MAX_LINES, MAX_BYTES)
+        self.model: list[bytes] = []
+        self.put = self.dropped = self.taken = 0
+
+    @rule(lines=st.lists(st.binary(max_size=50), max_size=9))
+    def put_lines(self, lines: list[bytes]) -> None:
+        self.put += len(lines)
+        self.model += lines
+        dropped = 0
+        while len(self.model) > MAX_LINES or size(self.model) > MAX_BYTES:
+            self.model.pop(0)
+            dropped += 1
+        self.dropped += dropped
+
+        assert self.buffer.put(lines) == dropped
+
+    @rule(max_lines=st.integers(1, 10), max_bytes=st.integers(0, 60))
+    def take(self, max_lines: int, max_bytes: int) -> None:
+        expected: list[bytes] = []
+        too_long = 0
+        while self.model and len(expected) < max_lines:
+            if len(self.model[0]) > max_bytes:
+                self.model.pop(0)
+                too_long += 1
+            elif len(b"\n".join([*expected, self.model[0]])) <= max_bytes:
+                expected.append(self.model.pop(0))
+            else:
+                break
+        self.taken += len(expected) + too_long
+
+        assert self.buffer.take(max_lines, max_bytes) == (expected, too_long)
+
+    @rule()
+    def clear(self) -> None:
+        self.dropped += len(self.model)
+
+        assert self.buffer.clear() == len(self.model)
+        self.model = []
+
+    @invariant()
+    def counts_are_exact(self) -> None:
+        assert len(self.buffer) == len(self.model) <= MAX_LINES
+        assert self.buffer.bytes == size(self.model) <= MAX_BYTES
+        assert self.buffer.put_lines == self.put
+        assert self.buffer.taken == self.taken
+        assert self.buffer.dropped == self.dropped
+
+
+BufferAgainstModel.TestCase.settings = settings(max_examples=150, deadline=None)
+TestBufferAgainstModel = BufferAgainstModel.TestCase
+
+
+def test_full_buffer_drops_the_oldest_line() -> None:
+    buffer = Buffer(2, 1_000)
+
+    dropped = buffer.put([b"a", b"b", b"c"])
+
+    assert dropped == buffer.dropped == 1
+    assert buffer.take(10, 100) == ([b"b", b"c"], 0)
+
+
+def test_bytes_are_a_limit_of_their_own_with_a_newline_for_each_line() -> None:
+    buffer = Buffer(100, 10)
+
+    assert buffer.put([b"1234", b"5678"]) == 0
+    assert buffer.bytes == 10
+    assert buffer.put([b""]) == 1
+    assert buffer.take(10, 100) == ([b"5678", b""], 0)
+
+
+def test_repr_tells_how_full_it_is() -> None:
+    buffer = Buffer(3, 50)
+
+    buffer.put([b"abc"])
+
+    assert repr(buffer) == "<Buffer lines=1/3 bytes=4/50>"
+
+
+@settings(deadline=None)
+@given(
+    lines=st.lists(st.binary(max_size=30), max_size=40),
+    max_lines=st.integers(1, 10),
+    max_bytes=st.integers(1, 100),
+)
+def test_packing_all_gives_whole_lines_in_order_and_never_too_many(
+    lines: list[bytes], max_lines: int, max_bytes: int
+) -> None:
+    waiting = deque(lines)
+    payloads, too_long, gone = [], 0, 0
+
+    while waiting:
+        taken, refused, freed = pack(waiting, max_lines, max_bytes)
+        assert taken or refused
+        payloads.append(taken)
+        too_long += refused
+        gone += freed
+
+    assert all(len(payload) <= max_lines for payload in payloads)
+    assert all(len(b"\n".join(payload)) <= max_bytes for payload in payloads)
+    fitting = [line for line in lines if len(line) <= max_bytes]
+    assert [line for payload in payloads for line in payload] == fitting
+    assert too_long == len(lines) - len(fitting)
+    assert gone == size(lines)
+
+
+def test_a_line_longer_than_a_payload_is_refused_and_its_neighbours_are_not() -> None:
+    waiting = deque([b"ab", b"0123456789", b"cd", b"ef"])
+
+    assert pack(waiting, 10, 5) == ([b"ab", b"cd"], 1, 3 + 11 + 3)
+    assert list(waiting) == [b"ef"]
+
+
+@pytest.mark.parametrize("max_lines", [1_000_000, 50])
+def test_with_many_writers_and_a_reader_nothing_is_lost_doubled_or_miscounted(
+    max_lines: int,
+) -> None:
+    buffer = Buffer(max_lines, 10_000_000)
+    writers, rounds = 6, 3_000
+    dropped = [0] * writers
+    taken: list[bytes] = []
+    done = threading.Event()
+
+    def write(number: int) -> None:
+        for i in range(rounds):
+            dropped[number] += buffer.put(
+                [b"%d %d" % (number, 2 * i), b"%d %d" % (number, 2 * i + 1)]
+            )
+
+    def read() -> None:
+        while not done.is_set() or len(buffer):
+            taken.extend(buffer.take(random.randint(1, 100), 1_000)[0])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    reader = threading.Thread(target=read)
+    for thread in [reader, *threads]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    reader.join()
+
+    assert buffer.put_lines == writers * rounds * 2
+    assert buffer.dropped == sum(dropped)
+    assert len(taken) == buffer.taken == buffer.put_lines - buffer.dropped
+    assert len(set(taken)) == len(taken)
+    assert buffer.bytes == len(buffer) == 0
+    if max_lines == 1_000_000:
+        assert buffer.dropped == 0
+    for number in range(writers):
+        mine = [int(line.split()[1]) for line in taken if line.startswith(b"%d " % number)]
+        assert mine == sorted(mine)
+
+
+class Nested(bytes):
+    """A line that puts another one whenever its length is asked for: at the worst moment."""
+
+    buffer: Buffer
+    puts = 0
+    dropped = 0
+
+    def __len__(self) -> int:
+        Nested.puts += 1
+        dropped = Nested.buffer.put([b"x" * 9])
+        Nested.dropped += dropped
+        return super().__len__()
+
+
+@pytest.mark.parametrize(("max_lines", "max_bytes"), [(1_000, 100_000), (4, 1_000), (1_000, 60)])
+def test_a_put_from_inside_a_put_or_a_take_neither_blocks_nor_spoils_the_count(
+    max_lines: int, max_bytes: int
+) -> None:
+    buffer = Nested.buffer = Buffer(max_lines, max_bytes)
+    Nested.puts = Nested.dropped = 0
+    put = dropped = taken = 0
+
+    for i in range(200):
+        lines = [Nested(b"a" * (i % 70)) for _ in range(i % 4)]
+        dropped += buffer.put(lines)
+        put += len(lines)
+        if i % 5 == 0:
+            found, too_long = buffer.take(3, 30)
+            taken += len(found) + too_long
+        if i % 50 == 49:
+            dropped += buffer.clear()
+
+    assert Nested.puts > 100
+    assert buffer.put_lines == put + Nested.puts
+    assert buffer.dropped == dropped + Nested.dropped
+    assert buffer.taken == taken
+    assert buffer.put_lines == buffer.dropped + buffer.taken + len(buffer)
+    assert len(buffer) <= max_lines
+    left = list(buffer._lines)
+    assert buffer.bytes == sum(bytes.__len__(line) + 1 for line in left)
+
+
+def test_a_signal_handler_may_put_at_any_moment() -> None:
+    buffer = Buffer(50, 2_000)
+    handled = 0
+
+    def handler(*_: object) -> None:
+        nonlocal handled
+        handled += 1
+        buffer.put([b"signal"] * 3)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0002)
+    try:
+        puts = taken = 0
+        while handled < 1_000:
+            buffer.put([b"abc", b"d" * (puts % 90)])
+            puts += 1
+            if puts % 7 == 0:
+                lines, too_long = buffer.take(5, 100)
+                taken += len(lines) + too_long
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    assert buffer.put_lines == puts * 2 + handled * 3
+    assert buffer.put_lines == buffer.dropped + taken + len(buffer)
+    assert buffer.bytes == size(list(buffer._lines))

@@ -1,0 +1,91 @@
+"""The documentation: its code runs, its links lead somewhere, its tables are what the code says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")],
+    key=str,
+)
+
+
+def ident(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(words after "python", code) of each Python block."""
+    return re.findall(
+        r"^```python *([\w-]*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_every_code_block_is_python() -> None:
+    for page in PAGES:
+        for words, code in blocks(page):
+            compile(code, str(page), "exec")
+            assert words in ("", "no-run")
+
+
+RUNNING = {page: [code for words, code in blocks(page) if not words] for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if RUNNING[page]], ids=ident)
+def test_the_code_blocks_of_the_page_run_one_after_another(page: Path) -> None:
+    script = "\n".join(RUNNING[page])
+
+    # The warning is about localhost:8089, where nobody listens in a test.
+    done = subprocess.run(
+        [sys.executable, "-c", script + "\napp.influx.close(1)"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rejected" not in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ident)
+def test_every_link_of_the_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_reference_tables_are_what_the_code_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/tables.py", "--check"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_name_that_is_written_is_an_influxql_keyword() -> None:
+    # https://docs.influxdata.com/influxdb/v1/query_language/spec/#keywords
+    keywords = """ALL ALTER ANY AS ASC BEGIN BY CREATE CONTINUOUS DATABASE DATABASES DEFAULT DELETE
+        DESC DESTINATIONS DIAGNOSTICS DISTINCT DROP DURATION END EVERY EXPLAIN FIELD FOR FROM GRANT
+        GRANTS GROUP GROUPS IN INF INSERT INTO KEY KEYS KILL LIMIT SHOW MEASUREMENT MEASUREMENTS
+        NAME OFFSET ON ORDER PASSWORD POLICY POLICIES PRIVILEGES QUERIES QUERY READ REPLICATION
+        RESAMPLE RETENTION REVOKE SELECT SERIES SET SHARD SHARDS SLIMIT SOFFSET STATS SUBSCRIPTION
+        SUBSCRIPTIONS TAG TO USER USERS VALUES WHERE WITH WRITE"""
+    from celery_influx.measurements import MEASUREMENTS
+
+    names = {m.name for m in MEASUREMENTS} | {c.name for m in MEASUREMENTS for c in m.columns}
+
+    assert not names & set(keywords.lower().split())

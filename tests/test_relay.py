@@ -1,0 +1,614 @@
+"""Relay between real forked processes: whole lines whoever dies, and nobody ever held up."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from celery_influx.relay import Relay
+from tests.servers import wait_for
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
+
+
+class Sink:
+    """What the relay delivered, and of what it said that it was lost."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, list[bytes]] = {}
+        self.lost: list[int] = []
+        self.failures: list[Exception] = []
+        self.open = threading.Event()
+        self.open.set()
+
+    def deliver(self, database: int, lines: list[bytes]) -> None:
+        self.open.wait(60)
+        self.lines.setdefault(database, []).extend(lines)
+        if self.failures:
+            raise self.failures.pop()
+
+    def lose(self, database: int) -> None:
+        self.lost.append(database)
+
+
+@pytest.fixture
+def sink() -> Sink:
+    return Sink()
+
+
+@pytest.fixture
+def relay(sink: Sink) -> Iterator[Relay]:
+    made = Relay(sink.deliver, sink.lose)
+    yield made
+    sink.open.set()
+    made.close(5)
+    made.leave()
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run ``work`` in a child; the exit code is 0 if it did not raise."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int, timeout: float = 30) -> int:
+    """What the child ended with; negative: the signal that killed it."""
+    status: list[int] = []
+
+    def ended() -> bool:
+        found, value = os.waitpid(pid, os.WNOHANG)
+        if found:
+            status.append(value)
+        return bool(found)
+
+    try:
+        wait_for(ended, timeout, "the child's end")
+    except AssertionError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    return os.waitstatus_to_exitcode(status[0])
+
+
+def line_of(writer: int, number: int) -> bytes:
+    """A line of 1 to 60,000 bytes that tells whether it is whole; newlines in it."""
+    rng = random.Random(writer * 1_000_003 + number)
+    if number % 10 == 0:
+        return bytes([rng.randrange(256)])
+    size = rng.choice((10, 100, 4_000, 4_087, 4_088, 4_089, 8_172, 20_000, 59_900))
+    body = b"%d %d\n" % (writer, number) + rng.randbytes(size) + b"\n"
+    return hashlib.sha256(body).digest() + body
+
+
+def is_whole(line: bytes) -> bool:
+    return len(line) == 1 or hashlib.sha256(line[32:]).digest() == line[:32]
+
+
+def open_files() -> int:
+    """How many file numbers this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+# -- whole lines -------------------------------------------------------------------------------
+
+
+def test_every_line_of_four_children_writing_at_once_arrives_whole_and_once(
+    relay: Relay, sink: Sink
+) -> None:
+    relay.PATIENCE = 30  # this is not about giving up
+    relay.start()
+
+    def write(writer: int) -> None:
+        relay.after_fork()
+        for number in range(250):
+            assert relay.put(writer % 2, line_of(writer, number))
+
+    children = [fork(lambda writer=writer: write(writer)) for writer in range(4)]
+    assert [exit_code(pid) for pid in children] == [0] * 4
+    assert relay.sync(10)
+
+    for database in (0, 1):
+        expected = [
+            line_of(writer, number) for writer in (database, database + 2) for number in range(250)
+        ]
+        assert sorted(sink.lines[database]) == sorted(expected)
+        assert 1 in map(len, expected)
+        assert max(map(len, expected)) > 59_000
+    assert sink.lost == []
+
+
+def test_threads_of_one_child_may_write_long_lines_at_once(relay: Relay, sink: Sink) -> None:
+    relay.PATIENCE = 30
+    relay.start()
+
+    def write() -> None:
+        relay.after_fork()
+        answers: list[bool] = []
+        threads = [
+            threading.Thread(
+                target=lambda writer=writer: answers.extend(
+                    relay.put(0, line_of(writer, number)) for number in range(60)
+                )
+            )
+            for writer in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [True] * 360
+
+    assert exit_code(fork(write)) == 0
+    assert relay.sync(10)
+
+    expected = [line_of(writer, number) for writer in range(6) for number in range(60)]
+    assert sorted(sink.lines[0]) == sorted(expected)
+    assert sink.lost == []
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 4_091, 4_092, 4_093, 8_160, 8_161, 65_535, 262_144, 300_000]
+)
+def test_a_line_of_any_length_arrives(relay: Relay, sink: Sink, size: int) -> None:
+    relay.PATIENCE = 10
+    relay.start()
+    line = random.Random(size).randbytes(size)
+
+    assert relay.put(3, line)
+    assert relay.sync(10)
+
+    assert sink.lines == {3: [line]}
+
+
+def test_children_killed_at_random_leave_nothing_half_written(relay: Relay, sink: Sink) -> None:
+    relay.PATIENCE = 30
+    relay.start()
+
+    def write_for_ever(writer: int) -> None:
+        relay.after_fork()
+        for number in range(1_000_000):
+            relay.put(0, line_of(writer, number))
+
+    for round_ in range(15):
+        children = [fork(lambda w=round_ * 2 + i: write_for_ever(w)) for i in range(2)]
+        time.sleep(random.uniform(0.005, 0.02))
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        assert [exit_code(pid) for pid in children] == [-signal.SIGKILL] * 2
+    assert relay.put(1, b"x" * 10_000)
+    assert relay.sync(10)
+
+    assert sink.lines[1] == [b"x" * 10_000]
+    assert len(sink.lines[0]) > 50
+    assert all(map(is_whole, sink.lines[0]))
+    assert len(sink.lost) <= 30  # at most one line of each child was under way
+    assert relay._parts == {}
+
+
+@pytest.mark.parametrize("then", ["another long line", "close"])
+def test_the_line_that_a_killed_child_was_in_the_middle_of_is_counted_once(
+    relay: Relay, sink: Sink, then: str
+) -> None:
+    relay.PATIENCE = 30
+    relay.start()
+
+    def die_in_the_middle() -> None:
+        relay.after_fork()
+        write, parts = relay._write, iter(range(3))
+
+        def write_some(frame: bytes, patience: float) -> bool:
+            if next(parts, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(frame, patience)
+
+        relay._write = write_some  # type: ignore[method-assign]
+        relay.put(5, b"x" * 60_000)
+
+    assert exit_code(fork(die_in_the_middle)) == -signal.SIGKILL
+    assert relay.sync(10)
+    assert (sink.lines, sink.lost) == ({}, [])
+
+    for _ in range(3):
+        if then == "close":
+            assert relay.close(10)
+        else:
+            assert relay.put(1, b"y" * 60_000)
+            assert relay.sync(10)
+
+    assert sink.lost == [5]
+    assert sink.lines == ({} if then == "close" else {1: [b"y" * 60_000] * 3})
+
+
+# -- a full pipe -------------------------------------------------------------------------------
+
+
+def fill(relay: Relay) -> int:
+    """Write until the pipe is full; the lines written."""
+    written = 0
+    while relay.put(0, b"%d" % written + b"." * 1_000):
+        written += 1
+    return written
+
+
+def test_a_full_pipe_is_waited_for_once_and_then_lines_are_dropped_at_once(relay: Relay) -> None:
+    fill(relay)
+    relay._impatient = False
+
+    begin = time.perf_counter()
+    assert relay.put(0, b"." * 1_000) is False
+    first = time.perf_counter() - begin
+    rest = []
+    for _ in range(200):
+        begin = time.perf_counter()
+        assert relay.put(0, b"." * 1_000) is False
+        rest.append(time.perf_counter() - begin)
+
+    assert Relay.PATIENCE <= first < 0.1
+    assert sorted(rest)[100] < 0.001
+
+
+def test_when_reading_resumes_lines_get_through_and_patience_is_back(
+    relay: Relay, sink: Sink
+) -> None:
+    written = fill(relay)
+    assert relay.put(0, b"dropped" * 200) is False
+
+    relay.start()
+    wait_for(lambda: relay.put(0, b"again"), 10)
+    assert relay._impatient is False
+    assert relay.sync(10)
+
+    assert sink.lines[0] == [b"%d" % n + b"." * 1_000 for n in range(written)] + [b"again"]
+    assert sink.lost == []
+
+
+def test_a_long_line_given_up_in_the_middle_is_counted_once_by_the_reader(
+    relay: Relay, sink: Sink
+) -> None:
+    answers = []
+    while not relay._impatient:
+        begin = time.perf_counter()
+        answers.append(relay.put(2, b"x" * 60_000))
+        took = time.perf_counter() - begin
+
+    assert answers == [True] * len(answers)  # of the last one the reader counts
+    assert took < 0.1
+    assert relay.put(2, b"x" * 60_000) is False  # of this one nobody else does
+
+    relay.start()
+    assert relay.sync(10)
+    assert relay.close(10)
+    assert sink.lines[2] == [b"x" * 60_000] * (len(answers) - 1)
+    assert sink.lost == [2]
+
+
+def test_a_long_line_waits_no_longer_than_a_short_one(relay: Relay) -> None:
+    relay.PATIENCE = 0.05
+    waits: list[float] = []
+
+    def write(frame: bytes, patience: float) -> bool:
+        waits.append(patience)
+        time.sleep(min(patience, 0.02))
+        return True
+
+    relay._write = write  # type: ignore[method-assign]
+    assert relay.put(0, b"x" * 60_000)
+
+    assert waits == sorted(waits, reverse=True)
+    assert waits[-1] == 0
+
+
+# -- a dead worker -----------------------------------------------------------------------------
+
+
+def test_when_the_worker_is_killed_its_children_are_neither_held_up_nor_killed() -> None:
+    read, write = os.pipe()  # for what the grandchildren tell
+
+    def tell(text: str) -> None:
+        os.write(write, text.encode() + b"\n")
+
+    def be_worker() -> None:
+        sink = Sink()
+        relay = Relay(sink.deliver, sink.lose)
+        relay.start()
+
+        def be_of_no_pool() -> None:
+            relay.after_fork()
+            relay.leave()
+            tell(f"other {os.getpid()}")
+            time.sleep(20)
+
+        def be_pool_child() -> None:
+            relay.after_fork()
+            worker = os.getppid()
+            assert relay.put(0, b"before")
+            tell(f"child {os.getpid()}")
+            wait_for(lambda: os.getppid() != worker, 20)
+            slowest = 0.0
+            for number in range(2_000):
+                begin = time.perf_counter()
+                taken = relay.put(0, b"x" * (number * 30))
+                slowest = max(slowest, time.perf_counter() - begin)
+                if taken:
+                    tell("taken")
+            tell(f"slowest {slowest}")
+
+        fork(be_of_no_pool)
+        fork(be_pool_child)
+        time.sleep(20)
+
+    worker = fork(be_worker)
+    lines = _lines_of(read)
+    pids = dict(next(lines).split() for _ in range(2))
+    os.kill(worker, signal.SIGKILL)
+    assert exit_code(worker) == -signal.SIGKILL
+    word, slowest = next(lines).split()
+    os.kill(int(pids["other"]), 0)  # it lived all the time
+    os.kill(int(pids["other"]), signal.SIGKILL)
+    os.close(read)
+    os.close(write)
+
+    assert word == "slowest"
+    assert float(slowest) < 0.1
+
+
+def _lines_of(fd: int) -> Iterator[str]:
+    rest = b""
+    while True:
+        assert select.select([fd], [], [], 20)[0], "nobody wrote"
+        rest += os.read(fd, 65_536)
+        while b"\n" in rest:
+            line, _, rest = rest.partition(b"\n")
+            yield line.decode()
+
+
+# -- numbers that are somebody else's by now ---------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["after_fork", "leave"])
+def test_files_that_got_the_pipes_numbers_are_neither_written_to_nor_closed(
+    relay: Relay, tmp_path: Path, first: str
+) -> None:
+    path = tmp_path / "other"
+    numbers = {relay._read_fd, relay._write_fd}
+
+    def be_beat() -> None:
+        os.closerange(3, 1_024)
+        opened: set[int] = set()
+        while not numbers <= opened:
+            opened.add(os.open(path, os.O_CREAT | os.O_RDWR))
+        getattr(relay, first)()
+        relay.leave()
+        assert relay.put(0, b"never") is False
+        assert relay.put(0, b"never" * 10_000) is False
+        for number in opened:
+            assert os.fstat(number).st_ino == path.stat().st_ino
+
+    assert exit_code(fork(be_beat)) == 0
+    assert path.read_bytes() == b""
+
+
+def test_another_pipe_that_got_the_numbers_is_not_closed(relay: Relay) -> None:
+    numbers = {relay._read_fd, relay._write_fd}
+
+    def be_beat() -> None:
+        os.closerange(3, 1_024)
+        opened: set[int] = set()
+        while not numbers <= opened:
+            opened.update(os.pipe())
+        relay.after_fork()
+        relay.leave()
+        for number in opened:
+            os.fstat(number)
+
+    assert exit_code(fork(be_beat)) == 0
+
+
+def test_a_file_of_another_device_with_the_pipes_inode_number_is_not_closed(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fstat(relay._write_fd)
+    values = list(real)
+    values[2] = real.st_dev + 1
+    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result(values))
+
+    relay._close(relay._write_fd)
+
+    monkeypatch.undo()
+    os.fstat(relay._write_fd)
+
+
+def test_after_leaving_the_process_has_no_end_of_the_pipe_open(relay: Relay) -> None:
+    def leave() -> None:
+        read, write = relay._read_fd, relay._write_fd
+        relay.after_fork()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(read)
+        os.fstat(write)
+        relay.leave()
+        relay.leave()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(write)
+
+    assert exit_code(fork(leave)) == 0
+    assert relay.put(0, b"the worker's own ends are untouched")
+
+
+# -- sync and close ----------------------------------------------------------------------------
+
+
+def test_sync_waits_for_all_that_was_written_before(relay: Relay, sink: Sink) -> None:
+    relay.start()
+
+    for number in range(50):
+        relay.put(0, b"%d" % number)
+        assert relay.sync(5)
+        assert len(sink.lines[0]) == number + 1
+
+
+def test_sync_is_false_at_its_deadline_where_the_reader_is_held_up(
+    relay: Relay, sink: Sink
+) -> None:
+    sink.open.clear()
+    relay.start()
+    relay.put(0, b"line")
+
+    begin = time.monotonic()
+    assert relay.sync(0.2) is False
+
+    assert 0.2 <= time.monotonic() - begin < 0.5
+    sink.open.set()
+    assert relay.sync(5)
+
+
+def test_sync_is_false_where_the_pipe_is_full_and_nobody_reads(relay: Relay, sink: Sink) -> None:
+    sink.open.clear()
+    relay.start()
+    relay.put(0, b"line")
+    wait_for(lambda: not select.select([relay._read_fd], [], [], 0)[0], 5)
+    fill(relay)
+
+    begin = time.monotonic()
+    assert relay.sync(0.2) is False
+
+    assert time.monotonic() - begin < 0.5
+
+
+def test_without_a_reader_sync_is_false_at_once(relay: Relay) -> None:
+    begin = time.monotonic()
+
+    assert relay.sync(5) is False
+
+    assert time.monotonic() - begin < 1
+
+
+def test_syncs_at_once_all_come_back(relay: Relay) -> None:
+    relay.start()
+    answers: list[bool] = []
+
+    def sync() -> None:
+        answers.extend(relay.sync(10) for _ in range(100))
+
+    threads = [threading.Thread(target=sync) for _ in range(8)]
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert answers == [True] * 800
+    assert time.monotonic() - begin < 9
+
+
+def test_marks_that_arrive_in_another_order_than_they_were_drawn_satisfy_both(relay: Relay) -> None:
+    relay._take_apart(b"\x04\x00\x04\x00\x06\x00\x00\x00" + b"\x04\x00\x04\x00\x05\x00\x00\x00")
+    assert relay._synced == 6
+
+    relay._take_apart(b"\x04\x00\x04\x00\x04\x00\x00\x00")
+    assert relay._synced == 6
+
+
+def test_close_delivers_what_is_in_the_pipe_and_gives_everything_back(
+    relay: Relay, sink: Sink
+) -> None:
+    before = open_files()
+    for number in range(100):
+        relay.put(0, b"%d" % number)
+    relay.start()
+
+    assert relay.close(5) is True
+
+    assert len(sink.lines[0]) == 100
+    assert open_files() == before - 2
+    assert not [t for t in threading.enumerate() if t.name == "celery_influx relay"]
+    assert relay.close(5) is True
+    assert relay.put(0, b"late") is False
+    assert relay.sync(5) is False
+
+
+def test_close_with_a_reader_held_up_ends_near_its_deadline(relay: Relay, sink: Sink) -> None:
+    sink.open.clear()
+    relay.start()
+    relay.put(0, b"line")
+
+    begin = time.monotonic()
+    assert relay.close(0.3) is False
+
+    assert time.monotonic() - begin < 0.8
+
+
+# -- nothing ends the reader -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, KeyError, MemoryError])
+def test_whatever_delivering_raises_the_reader_reads_on_at_the_right_place(
+    kind: type[Exception], relay: Relay, sink: Sink, caplog: pytest.LogCaptureFixture
+) -> None:
+    relay.PATIENCE = 30
+    caplog.set_level(logging.ERROR)
+    sink.failures = [kind("odd") for _ in range(20)]
+    relay.start()
+
+    def write() -> None:
+        relay.after_fork()
+        for number in range(300):
+            assert relay.put(number % 3, line_of(0, number))
+
+    assert exit_code(fork(write)) == 0
+    assert relay.sync(10)
+
+    found = [line for lines in sink.lines.values() for line in lines]
+    assert sorted(found) == sorted(line_of(0, number) for number in range(300))
+    assert sink.failures == [] or len(sink.failures) < 20
+    assert "the relay could not deliver" in caplog.text
+
+
+def test_a_frame_cut_by_the_end_of_a_read_is_put_together(relay: Relay, sink: Sink) -> None:
+    frames = b"".join(b"\x05\x00\x00\x01line%d" % number for number in range(10))
+
+    for cut in range(len(frames)):
+        sink.lines.clear()
+        rest = relay._take_apart(frames[:cut])
+        assert relay._take_apart(rest + frames[cut:]) == b""
+        assert sink.lines == {1: [b"line%d" % number for number in range(10)]}
+
+
+def test_lines_of_writers_that_never_finish_them_do_not_pile_up(relay: Relay) -> None:
+    for serial in range(1_000):
+        body = relay_part(os.getpid(), serial)
+        relay._take_apart(len(body).to_bytes(2, "little") + b"\x01\x00" + body)
+
+    assert len(relay._parts) == 64
+
+
+def relay_part(pid: int, serial: int) -> bytes:
+    """The first of two parts of a long line."""
+    return (
+        pid.to_bytes(4, "little")
+        + serial.to_bytes(4, "little")
+        + (0).to_bytes(2, "little")
+        + (2).to_bytes(2, "little")
+        + b"x"
+    )
