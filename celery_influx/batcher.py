@@ -95,7 +95,7 @@ class Batcher:
         self._thread.join(max(timeout, 0.05))
         if self._thread.is_alive():
             # It hangs in an attempt; being a daemon it does not hold the process up.
-            logger.warning("%s: an attempt to send did not end within %s s", self._name, timeout)
+            logger.warning("%s: an attempt to send did not end within %.1f s", self._name, timeout)
         elif len(self._buffer):
             # Lines that came after the thread's last look.
             self._drain()
@@ -105,7 +105,7 @@ class Batcher:
             self._progress.notify_all()
         if dropped:
             logger.warning(
-                "%s: %d lines could not be sent within %s s at the end, and were dropped",
+                "%s: %d lines could not be sent within %.1f s at the end, and were dropped",
                 self._name,
                 dropped,
                 timeout,

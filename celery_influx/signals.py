@@ -11,7 +11,7 @@ import time
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from celery import Task, signals
+from celery import Task, current_task, signals
 from celery.app.task import Context
 from celery.exceptions import NotRegistered, Retry
 
@@ -40,15 +40,19 @@ def connect() -> None:
         signal.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
 
 
-def _on_publish(headers: dict[str, Any] | None = None, **_: Any) -> None:
+def _on_publish(headers: dict[str, Any] | None = None, body: object = None, **_: Any) -> None:
     """Stamp a message. Nothing here says which app publishes: so the header must harm nobody."""
     if not isinstance(headers, dict):
         return
-    now = time.time_ns()
-    first = now
-    if headers.get("retries"):
-        # The message of a retry brings the headers of the one before it.
-        first = (_published(headers.get(HEADER)) or (now, now))[1]
+    # Protocol 1 says it in the body.
+    about = body if isinstance(body, dict) else headers
+    now = first = time.time_ns()
+    if about.get("retries"):
+        # A retry is sent by the run before it, which knows for sure. Headers that a task hands
+        # on may be another task's, and Sentry's instrumentation leaves ours out of them.
+        request = current_task.request if current_task else Context()
+        own = request.get(HEADER) if request.id == about.get("id") else None
+        first = (_published(own) or _published(headers.get(HEADER)) or (now, now))[1]
     headers[HEADER] = f"1;{now};{first}"
 
 
@@ -93,7 +97,8 @@ def _on_end(
         "retries": request.retries or 0,
     }
     _add_wait(fields, influx, request, began)
-    exception = retval if isinstance(retval, BaseException) else None
+    # A task may also give an exception back, as its result.
+    exception = retval if state != "SUCCESS" and isinstance(retval, BaseException) else None
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
     _write(influx, task.name, request, state, fields, exception)
@@ -106,9 +111,7 @@ def _on_revoked(
     influx = _recorder(sender)
     # A terminated greenlet still comes to its own postrun.
     if influx and not (terminated and influx.is_green):
-        context = Context(request.request_dict, hostname=request.hostname)
-        context.delivery_info = request.delivery_info
-        _write(influx, sender.name, context, "REVOKED", {"retries": context.retries or 0}, None)
+        _write(influx, sender.name, request, "REVOKED", {"retries": request.retries or 0}, None)
 
 
 def _on_unknown(sender: Any = None, message: Any = None, name: str = "", **sent: Any) -> None:

@@ -5,6 +5,7 @@ Their results are plain JSON values, whatever the result serializer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -15,14 +16,17 @@ if TYPE_CHECKING:
 
 def register(app: Celery, influx: Influx) -> None:
     """Register the helper tasks with ``app``, in a worker: others call them by name."""
+    # Celery would share them with every app of the process; and their results are all they are
+    # for, even where `task_ignore_result` is the rule.
+    task = partial(app.task, shared=False, ignore_result=False)
 
-    @app.task(name="celery_influx.ping")
+    @task(name="celery_influx.ping")
     def ping(database: str | None = None) -> dict[str, Any]:
         """Version of the server, and seconds of the round trip; SendError where it is down."""
         found = influx[database or influx.options.default_database].ping()
         return {"version": found.version, "seconds": found.seconds}
 
-    @app.task(name="celery_influx.query")
+    @task(name="celery_influx.query")
     def query(statement: str, database: str | None = None, **options: Any) -> dict[str, Any]:
         """Run a reading statement; its series as plain values. See ``Database.query``."""
         chosen = influx[database or influx.options.default_database]
@@ -30,7 +34,7 @@ def register(app: Celery, influx: Influx) -> None:
 
     if influx.options.allow_post:
 
-        @app.task(name="celery_influx.post")
+        @task(name="celery_influx.post")
         def post(statement: str, database: str | None = None, **options: Any) -> dict[str, Any]:
             """Run any statement, also one that changes or deletes data. See ``Database.post``."""
             chosen = influx[database or influx.options.default_database]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from celery import Task, current_app, current_task
 from celery.local import PromiseProxy, Proxy
 
+from celery_influx.errors import InfluxError
 from celery_influx.measurements import TIMED
 from celery_influx.point import Point
 from celery_influx.report import Report
@@ -77,7 +78,11 @@ def timed(
 
 
 class Timer:
-    """What ``timed`` makes: a decorator, and a context manager that may be nested and reused."""
+    """What ``timed`` makes: a decorator, and a context manager.
+
+    As a context manager it may be nested, reused, and used by several threads; coroutines that
+    run side by side need one each, as ``with timed("name")`` makes it.
+    """
 
     def __init__(
         self,
@@ -121,7 +126,9 @@ class Timer:
         self._wrap_task(promise._get_current_object())  # noqa: SLF001 - Celery's own way
 
     def _wrap(self, function: Callable[..., Any], default: str | None = None) -> Any:
-        name = self._name or default or f"{function.__module__}.{function.__qualname__}"
+        # Objects that can be called, partial() among them, have no name of their own.
+        named = function if hasattr(function, "__qualname__") else type(function)
+        name = self._name or default or f"{named.__module__}.{named.__qualname__}"
         run = functools.partial(Timer, name, self._tags, self._database, self._influx)
 
         if inspect.isasyncgenfunction(function):
@@ -202,8 +209,15 @@ class Timer:
             "exception": failed.__name__ if failed else None,
         }
         influx = self._influx or current_influx()
-        if influx is not None:
+        if influx is None:
+            return
+        try:
             influx.send_data(Point(TIMED.name, {"runtime": runtime}, tags), self._database)
+        except InfluxError as failure:
+            if error is None:
+                raise
+            # The block's own exception must not be replaced by ours.
+            _report.warn("failed", "timed: %s", failure)
 
     def __repr__(self) -> str:
         return f"<Timer {self._name!r} tags={self._tags} database={self._database!r}>"
@@ -212,7 +226,9 @@ class Timer:
 def current_influx() -> Influx | None:
     """The plugin of the running task's app, or else of Celery's current app; a warning if none."""
     app = current_task.app if current_task else current_app
-    found: Influx | None = getattr(app, "influx", None)
+    from celery_influx.plugin import find  # which imports this module
+
+    found = find(app)
     if found is None:
         _report.warn(
             "no plugin",

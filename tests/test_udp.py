@@ -174,7 +174,7 @@ def test_address_and_repr_name_the_server_and_no_secret(host: str, address: str)
     pool = UDPPool(DatabaseOptions(host=host, username="u", password="hunter2", token="hunter2"))
 
     assert pool.address == address
-    assert repr(pool) == f"<UDPPool {address} sockets=0 max_bytes=1232>"
+    assert repr(pool) == f"<UDPPool {address} sockets=0 max_bytes=65507>"
 
 
 # -- what the network says ---------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_probe_raises_where_nobody_listens_and_is_ignored_where_somebody_does(
 def test_a_name_that_is_unknown_or_impossible_is_a_send_error(host: str) -> None:
     pool = pool_to(8089, host)
 
-    assert pool.max_bytes == 1_232
+    assert pool.max_bytes == 65_507
     for _ in range(2):
         with pytest.raises(SendError) as caught:
             pool.write(b"m f=1")

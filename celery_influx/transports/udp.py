@@ -22,8 +22,6 @@ _MTU = {socket.AF_INET: (socket.IPPROTO_IP, 14), socket.AF_INET6: (socket.IPPROT
 _HEADERS = {socket.AF_INET: 28, socket.AF_INET6: 48}
 #: The longest UDP content there is over IPv4; influxd reads no more over IPv6 either.
 _LONGEST = 65_507
-#: What the smallest IPv6 route takes: safe where the kernel does not tell.
-_SAFE = 1_232
 
 #: How much is sent at once, and how fast what follows. influxd empties its socket's buffer
 #: (212,992 bytes by default) when it comes to it; what finds the buffer full is gone, and the
@@ -76,7 +74,7 @@ class UDPPool:
         self._turn = 0
         self._lookup_at = 0.0
         self._failure: tuple[str, str] | None = None  # cause and reason of the last look-up
-        self._max_bytes = options.datagram_bytes or _SAFE
+        self._max_bytes = options.datagram_bytes or _LONGEST
         self._paced_to = 0.0  # when a sender of just that speed would have sent what was sent
 
     @property

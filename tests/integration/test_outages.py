@@ -1,0 +1,437 @@
+"""Whatever is down, tasks go on at their pace, memory stays bounded, and sending resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from celery import Celery
+
+from tests.integration.worker import (
+    Worker,
+    alive,
+    environment,
+    publisher,
+    resident_kib,
+    sending,
+    stats,
+)
+from tests.servers import Influxd, Redis, free_port, wait_for
+
+
+@pytest.fixture
+def broker(redis_server: Redis) -> str:
+    """URL of an empty Redis."""
+    redis.Redis.from_url(redis_server.url).flushdb()
+    return redis_server.url
+
+
+@pytest.fixture
+def store(broker: str) -> redis.Redis:
+    """Where the tasks count."""
+    return redis.Redis.from_url(broker, decode_responses=True)
+
+
+@pytest.fixture
+def sender(broker: str) -> Iterator[Celery]:
+    """A publisher without the plugin."""
+    app = publisher(broker)
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def black_hole() -> Iterator[int]:
+    """The port of a TCP server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        yield listener.getsockname()[1]
+
+
+def count(store: redis.Redis, key: str) -> int:
+    """A counter of the tasks'."""
+    return int(store.get(key) or 0)
+
+
+def memory(worker: Worker) -> int:
+    """KiB of all of the worker's processes together."""
+    return sum(resident_kib(pid) for pid in (worker.pid(), *worker.children()))
+
+
+def grown(sizes: list[int]) -> int:
+    """By how much a worker grew once it had taken its first rounds' tasks."""
+    return max(sizes) - sizes[3]
+
+
+def settled(account: dict[str, int]) -> int:
+    """How many points have come to an end."""
+    return sum(account[name] for name in ("sent", "dropped", "lost", "rejected", "queued"))
+
+
+def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_bounds(
+    broker: str, store: redis.Redis, sender: Celery, black_hole: int, tmp_path: Path
+) -> None:
+    limits = {"queue_size": 50, "flush_interval": 0.5, "http_timeout": 1, "http_port": 9}
+    nowhere = {**limits, "host": "no-such-host.invalid", "datagram_bytes": 65_507}
+    databases = {
+        "hung": {**limits, "transport": "http", "http_port": black_hole, "host": "127.0.0.1"},
+        "refused": {**limits, "udp_port": free_port(socket.SOCK_DGRAM), "host": "127.0.0.1"},
+        "refused-http": {**limits, "transport": "http", "host": "127.0.0.1"},
+        "unknown": nowhere,
+        "unknown-http": {**nowhere, "transport": "http"},
+    }
+    tasks, rounds, size = 60, 30, 4_000
+    config = {"influx_databases": databases, "influx_shutdown_timeout": 1}
+    workers = {
+        side: Worker(
+            tmp_path / side,
+            "outages",
+            broker,
+            {**(config if side == "with" else {}), "task_default_queue": side},
+            variables={"PLUGIN": "yes" if side == "with" else "no"},
+            level="warning",
+        )
+        for side in ("with", "without")
+    }
+    rates: dict[str, list[float]] = {"with": [], "without": []}
+    ratios: list[float] = []
+    memories: dict[str, list[int]] = {"with": [], "without": []}
+
+    def run(side: str) -> None:
+        for each in range(tasks):
+            send("outages.work", [each, size], queue=f"{side} waiting", ignore_result=True)
+        done = count(store, f"done {side}") + tasks
+        # All at once, so that publishing is not in the way of the tasks.
+        start = time.perf_counter()
+        store.rename(f"{side} waiting", side)
+        while count(store, f"done {side}") < done:
+            assert time.perf_counter() - start < 30
+            time.sleep(0.002)
+        rates[side].append(tasks / (time.perf_counter() - start))
+        memories[side].append(memory(workers[side]))
+
+    with workers["with"], workers["without"], sending(sender) as send:
+        run("with")
+        run("without")
+        # Others' work on this machine is in the ratio of two rounds, and not in that of many.
+        while len(ratios) < rounds or (
+            statistics.median(ratios) < 0.95 and len(ratios) < 3 * rounds
+        ):
+            for side in ("with", "without") if len(ratios) % 2 else ("without", "with"):
+                run(side)
+            ratios.append(rates["with"][-1] / rates["without"][-1])
+        accounts = stats(sender, workers["with"])
+        start = time.perf_counter()
+        assert workers["with"].stop() == 0
+        assert workers["without"].stop() == 0
+        assert time.perf_counter() - start < 15
+
+    print(f"{len(ratios)} rounds", {side: statistics.median(rates[side]) for side in rates})
+    print("ratio", statistics.median(ratios), {side: grown(memories[side]) for side in memories})
+    assert count(store, "sum with") == count(store, "sum without") > 0
+    assert statistics.median(ratios) >= 0.95
+    # Each database holds 50 lines, 1 MiB altogether; many times as much was sent.
+    assert grown(memories["with"]) < grown(memories["without"]) + 3 * 1024
+    total = tasks * (len(ratios) + 1)
+    for name, account in accounts.items():
+        # The first one has the points of all runs as well.
+        made = total // 5 + (total if name == "hung" else 0)
+        assert account["points"] == settled(account) == made, name
+        assert account["sent"] == 0, name
+        assert account["queued"] <= 100, name
+        assert account["errors"] > 0, name
+    assert accounts["hung"]["dropped"] > total // 2
+    for name in ("refused", "refused-http", "unknown", "unknown-http"):
+        assert accounts[name]["lost"] + accounts[name]["dropped"] >= total // 5 - 100, name
+    log = workers["with"].log()
+    for cause in ("ECONNREFUSED", "dns", "timeout", "the buffer is full"):
+        assert cause in log
+    assert log.count("the buffer is full") <= len(databases)
+
+
+@pytest.mark.parametrize("scheme", ["udp", "http"])
+def test_sending_resumes_by_itself_when_influxdb_is_back(
+    scheme: str, broker: str, store: redis.Redis, sender: Celery, tmp_path: Path
+) -> None:
+    with Influxd(tmp_path / "influxd") as influxd:
+        port = influxd.udp_port if scheme == "udp" else influxd.http_port
+        url = (
+            f"{scheme}://127.0.0.1:{port}/celery?flush_interval=0.05&http_port={influxd.http_port}"
+        )
+        url = url if scheme == "udp" else url.partition("&")[0]
+        config = {"influx_databases": {"metrics": url}, "influx_task_points": False}
+
+        with (
+            Worker(tmp_path / "worker", "outages", broker, config) as worker,
+            sending(sender) as send,
+        ):
+
+            def work(numbers: range) -> dict[str, int]:
+                for number in numbers:
+                    send("outages.work", [number], ignore_result=True)
+                wait_for(lambda: count(store, "done with") >= numbers.stop, 20)
+                return wait_for(  # type: ignore[return-value]
+                    lambda: (
+                        (found := stats(sender, worker)["metrics"])["queued"] == 0
+                        and found["points"] == numbers.stop
+                        and found
+                    ),
+                    20,
+                )
+
+            before = work(range(100))
+            wait_for(lambda: influxd.count("custom", "number") == 100, 10)
+            influxd.stop(kill=True)
+            during = work(range(100, 300))
+            influxd.start()
+            after = work(range(300, 400))
+            wait_for(lambda: influxd.count("custom", "number") >= after["sent"], 10)
+            assert worker.stop() == 0
+
+        stored = {row["number"] for row in influxd.rows("custom")}
+    assert before["sent"] == 100
+    assert during["sent"] + during["lost"] + during["dropped"] == 300
+    assert during["lost"] > 100
+    # All that came after it was back.
+    assert after["sent"] - during["sent"] == 100
+    assert stored >= {*range(100), *range(300, 400)}
+    assert len(stored) <= after["sent"]
+
+
+def test_the_broker_down_for_a_while_costs_no_point(
+    influxd: Influxd, database: str, broker: str, store: redis.Redis, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=0.05"
+    config = {"influx_databases": {"metrics": url}, "broker_connection_retry": True}
+
+    with Redis(tmp_path / "broker") as own:
+        worker = Worker(
+            tmp_path / "worker", "outages", own.url, config, variables={"STORE": broker}
+        )
+        with worker:
+            app = publisher(own.url)
+            for _ in range(2):
+                app.send_task("outages.stream", [1.0], ignore_result=True)
+            wait_for(lambda: count(store, "custom") > 20)
+            own.stop(kill=True)
+            at_the_cut = count(store, "custom")
+            wait_for(lambda: count(store, "custom") > at_the_cut + 50)
+            without_broker = count(store, "custom")
+            wait_for(lambda: influxd.count("custom", "number", database) >= without_broker)
+            own.start()
+            wait_for(lambda: "Connected to" in worker.log().partition("lost")[2], 30)
+            for number in range(50):
+                publisher(own.url).send_task("outages.work", [number], ignore_result=True)
+            wait_for(lambda: count(store, "done with") >= 50, 30)
+            assert worker.stop() == 0
+
+    sent = count(store, "custom") + count(store, "done with")
+    assert influxd.count("custom", "number", database) == sent
+
+
+def test_a_hung_database_takes_nothing_from_another(
+    influxd: Influxd,
+    database: str,
+    broker: str,
+    store: redis.Redis,
+    sender: Celery,
+    black_hole: int,
+    tmp_path: Path,
+) -> None:
+    config = {
+        "influx_databases": {
+            "hung": f"http://127.0.0.1:{black_hole}/x?queue_size=100&flush_interval=0.05",
+            "good": f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=0.05",
+        },
+        "influx_shutdown_timeout": 1.5,
+    }
+    tasks = 1_000
+
+    with Worker(tmp_path, "outages", broker, config, level="warning") as worker:
+        with sending(sender) as send:
+            for number in range(tasks):
+                send("outages.work", [number], ignore_result=True)
+        wait_for(lambda: count(store, "done with") >= tasks, 30)
+        wait_for(lambda: influxd.count("custom", "number", database) >= tasks // 2, 10)
+        accounts = stats(sender, worker)
+        began = time.monotonic()
+        assert worker.stop() == 0
+        took = time.monotonic() - began
+
+    assert influxd.count("custom", "number", database) == tasks // 2
+    assert accounts["good"]["sent"] == accounts["good"]["points"] == tasks // 2
+    assert accounts["hung"]["sent"] == 0
+    assert accounts["hung"]["dropped"] >= tasks
+    assert took < 6
+
+
+def test_forked_children_of_a_killed_worker_go_on_sending(
+    influxd: Influxd, database: str, broker: str, store: redis.Redis, sender: Celery, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=0.05"
+    config = {"influx_databases": {"metrics": url}}
+    orphans: list[int] = []
+
+    with Worker(tmp_path, "orphans", broker, config, variables={"STORE": broker}) as worker:
+        try:
+            sender.send_task("orphans.start", ignore_result=True)
+            for name in ("forked", "grandchild"):
+                wait_for(lambda: store.get(f"{name} pid"), 20, f"{name} runs")  # noqa: B023
+                orphans.append(count(store, f"{name} pid"))
+            # They have sent a point, while the worker still lived.
+            wait_for(lambda: influxd.count("early", "number", database) == 2, 10)
+            pool = [pid for pid in worker.children() if pid not in orphans]
+            worker.stop(signal.SIGKILL)
+
+            for name in ("forked", "grandchild"):
+                wait_for(
+                    lambda: store.get(f"{name} slowest") or store.get(f"{name} failed"),  # noqa: B023
+                    20,
+                    f"{name} is done",
+                )
+        finally:
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    for name in ("forked", "grandchild"):
+        assert store.get(f"{name} failed") is None
+        assert store.get(f"{name} flushed") == "True"
+        assert float(str(store.get(f"{name} slowest"))) < 0.25
+    # Neither lost nor, after the fork, sent a second time.
+    assert influxd.count("late", "number", database) == 10_000
+    assert influxd.count("before", "number", database) == 2
+    wait_for(lambda: not any(map(alive, pool)), 10, "the pool's children end with the worker")
+
+
+class Wiretap:
+    """A TCP proxy that keeps all that clients send, each connection by itself."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self._listener.getsockname()[1]
+        self.heard: list[bytearray] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                heard = bytearray()
+                self.heard.append(heard)
+                for source, sink, kept in ((client, server, heard), (server, client, None)):
+                    threading.Thread(
+                        target=self._pass, args=(source, sink, kept), daemon=True
+                    ).start()
+
+    @staticmethod
+    def _pass(source: socket.socket, sink: socket.socket, kept: bytearray | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                if kept is not None:
+                    kept += data
+                sink.sendall(data)
+        for each in (source, sink):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+
+def test_embedded_beat_under_load_writes_no_byte_of_ours_to_the_broker(
+    influxd: Influxd,
+    redis_server: Redis,
+    broker: str,
+    store: redis.Redis,
+    sender: Celery,
+    tmp_path: Path,
+) -> None:
+    influxd.query('DROP DATABASE "celery"')
+    influxd.query('CREATE DATABASE "celery"')
+    udp = f"udp://127.0.0.1:{influxd.udp_port}?http_port={influxd.http_port}&flush_interval=0.02"
+    config = {"influx_databases": {"metrics": udp}}
+    tap = Wiretap(redis_server.port)
+
+    with Worker(
+        tmp_path,
+        "beating",
+        f"redis://127.0.0.1:{tap.port}/0",
+        config,
+        options=["-B", "-s", str(tmp_path / "schedule")],
+        variables={"STORE": broker},
+        level="warning",
+    ) as worker:
+        with sending(sender) as send:
+            for _ in range(1_000):
+                send("beating.work", ignore_result=True)
+        wait_for(lambda: count(store, "works") >= 1_000 and store.get("beat is done"), 30)
+        wait_for(lambda: influxd.count("from_beat", "number") == 300, 10)
+        ticks = count(store, "ticks")
+        wait_for(lambda: count(store, "ticks") >= ticks + 5, 10, "beat goes on")
+        assert worker.stop() == 0
+    tap.close()
+
+    heard = [bytes(each) for each in tap.heard]
+    assert any(b"beating.tick" in each for each in heard)  # beat's connection is among them
+    assert not any(b",host=" in each or b"from_beat" in each for each in heard)
+    wait_for(lambda: influxd.count("custom", "tick") >= count(store, "ticks"), 10)
+    assert influxd.count("custom", "work") == 1_000
+    assert influxd.count("custom", "tick") == count(store, "ticks")
+    assert influxd.count("custom", "early") == 1
+
+
+def script(config: dict[str, object], *arguments: str) -> tuple[int, float, str]:
+    """Run ``apps/script.py``: its exit code, seconds, and what it printed."""
+    began = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.integration.apps.script", *arguments],
+        env=environment("memory://", config),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return run.returncode, time.monotonic() - began, run.stdout + run.stderr
+
+
+def test_points_of_a_process_without_a_worker_are_sent_at_its_exit(
+    influxd: Influxd, database: str
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=60"
+
+    code, seconds, printed = script({"influx_databases": {"metrics": url}}, "1000", "fork")
+
+    assert (code, printed) == (0, "")
+    assert seconds < 10
+    assert influxd.count("custom", "number", database) == 1_000
+    assert len(influxd.rows("custom", database)) == 1_000
+    assert influxd.count("child", "number", database) == 1
+
+
+def test_a_black_hole_holds_up_the_exit_no_longer_than_the_shutdown_timeout(
+    black_hole: int,
+) -> None:
+    url = f"http://127.0.0.1:{black_hole}/x?flush_interval=60"
+    config = {"influx_databases": {"metrics": url}, "influx_shutdown_timeout": 0.5}
+    _, usual, _ = script({"influx_enabled": False}, "1000")
+
+    code, seconds, printed = script(config, "1000")
+
+    assert code == 0
+    assert 0.2 < seconds - usual < 2.0
+    assert "Traceback" not in printed
+    assert re.search(r"did not end within 0\.\d+ s", printed)

@@ -1,0 +1,399 @@
+"""install and what it gives: lazily configured, opened at the first use, an app's own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu import Exchange, Queue
+
+import celery_influx
+from celery_influx.counters import COUNTERS
+from celery_influx.plugin import find
+from tests.conftest import Receiver
+from tests.servers import wait_for
+
+
+def make_app(name: str = "app", **config: Any) -> Celery:
+    """An app that is not Celery's current one and needs no broker."""
+    app = Celery(name, broker="memory://", set_as_current=False)
+    app.conf.update(config)
+    return app
+
+
+def _by_object(app: Celery, url: str, namespace: str | None) -> None:
+    name = f"{namespace}_INFLUX" if namespace else "influx"
+    settings = SimpleNamespace(
+        **{
+            f"{name}_databases" if not namespace else f"{name}_DATABASES": {"main": url},
+            f"{name}_tags" if not namespace else f"{name}_TAGS": {"site": "here"},
+        }
+    )
+    app.config_from_object(settings, namespace=namespace)
+
+
+def _by_keys(app: Celery, url: str, namespace: str | None) -> None:
+    app.conf.namespace = namespace
+    app.conf.influx_databases = {"main": url}
+    app.conf.influx_tags = {"site": "here"}
+
+
+def _by_update_after_object(app: Celery, url: str, namespace: str | None) -> None:
+    app.config_from_object(SimpleNamespace(), namespace=namespace)
+    app.conf.update(influx_databases={"main": url}, influx_tags={"site": "here"})
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("namespace", [None, "CELERY"])
+@pytest.mark.parametrize("configure", [_by_object, _by_keys, _by_update_after_object])
+def test_install_may_come_before_or_after_the_configuration_with_a_namespace_or_without(
+    when: str,
+    namespace: str | None,
+    configure: Callable[[Celery, str, str | None], None],
+    receiver: Receiver,
+) -> None:
+    app = make_app() if configure is not _by_object else Celery("app", set_as_current=False)
+    if when == "before":
+        celery_influx.install(app)
+    configure(app, receiver.url, namespace)
+    if when == "after":
+        celery_influx.install(app)
+
+    app.influx.send_data({"measurement": "m", "fields": {"f": 1}})
+
+    assert app.influx.flush()
+    (point,) = receiver.points("m", at_least=1)
+    assert point.tags is not None
+    assert point.tags["site"] == "here"
+
+
+def test_djangos_settings_for_other_libraries_are_none_of_ours(receiver: Receiver) -> None:
+    app = Celery("app", set_as_current=False)
+    settings = SimpleNamespace(
+        INFLUX_HOST="elsewhere",
+        INFLUX_DATABASES={"theirs": 1},
+        INFLUXDB_URL="x",
+        CELERY_INFLUX_DATABASES={"main": receiver.url},
+    )
+    app.config_from_object(settings, namespace="CELERY")
+
+    influx = celery_influx.install(app)
+
+    assert [database.name for database in influx] == ["main"]
+
+
+def test_install_again_changes_nothing() -> None:
+    app = make_app()
+
+    first = celery_influx.install(app)
+    second = celery_influx.install(app)
+
+    assert first is second is app.influx
+    assert len([step for step in app.steps["worker"] if step.__name__ == "InfluxStep"]) == 1
+
+
+def test_install_on_celerys_current_app_is_install_on_that_very_app(receiver: Receiver) -> None:
+    from celery import current_app
+
+    app = Celery("current", broker="memory://")
+    app.conf.influx_databases = {"main": receiver.url}
+    influx = celery_influx.install(current_app)
+    Celery("another", broker="memory://")
+
+    influx.send_data({"measurement": "m", "fields": {"f": 1}})
+
+    assert influx.flush()
+    assert app.influx is influx
+    assert len(receiver.points("m", at_least=1)) == 1
+
+
+def test_install_reads_no_configuration_opens_nothing_and_starts_nothing() -> None:
+    code = """
+        import json, logging, os, sys, threading
+        from celery import Celery
+        records = []
+        class Keep(logging.Handler):
+            def emit(self, record):
+                records.append(record.getMessage())
+        logging.getLogger().addHandler(Keep(level=0))
+        logging.getLogger().setLevel(0)
+        app = Celery("app", broker="memory://")
+        app.conf.influx_databases = {"x": 7}
+        before = sorted(os.listdir("/proc/self/fd")), threading.active_count()
+        import celery_influx
+        celery_influx.install(app)
+        after = sorted(os.listdir("/proc/self/fd")), threading.active_count()
+        print(json.dumps({"same": before == after, "configured": app.configured,
+                          "requests": "requests" in sys.modules, "said": records}))
+    """
+
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert run.stderr == ""
+    assert json.loads(run.stdout) == {
+        "same": True,
+        "configured": False,
+        "requests": False,
+        "said": [],
+    }
+
+
+def test_nothing_is_started_before_the_first_point(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"quiet": receiver.url})
+    influx = celery_influx.install(app)
+
+    assert influx.stats() == {"quiet": dict.fromkeys([*COUNTERS, "queued"], 0)}
+    assert influx["quiet"].options.http_port == 0
+    repr(influx)
+
+    assert "celery_influx quiet" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_two_apps_in_one_process_keep_apart(receiver: Receiver, other_receiver: Receiver) -> None:
+    one = make_app("one", influx_databases={"main": receiver.url}, influx_tags={"app": "one"})
+    two = make_app("two", influx_databases={"main": other_receiver.url})
+    celery_influx.install(one)
+    celery_influx.install(two)
+
+    one.influx.send_data({"measurement": "m", "fields": {"f": 1}})
+    two.influx.send_data({"measurement": "m", "fields": {"f": 2}})
+
+    assert one.influx.flush()
+    assert two.influx.flush()
+    (first,) = receiver.points("m", at_least=1)
+    (second,) = other_receiver.points("m", at_least=1)
+    assert (first.fields["f"], second.fields["f"]) == (1, 2)
+    assert first.tags is not None
+    assert second.tags is not None
+    assert first.tags["app"] == "one"
+    assert "app" not in second.tags
+    assert one.influx.stats()["main"]["points"] == two.influx.stats()["main"]["points"] == 1
+
+
+def test_an_app_without_the_plugin_has_none() -> None:
+    celery_influx.install(make_app("one"))
+
+    assert find(make_app("two")) is None
+    assert find(None) is None
+
+
+def test_without_influx_databases_there_is_one_on_localhost() -> None:
+    influx = celery_influx.install(make_app())
+
+    (database,) = influx
+
+    assert database.name == influx.default.name == "celery"
+    options = database.options
+    assert (options.transport, options.host) == ("udp", "localhost")
+    assert (options.udp_port, options.http_port, options.database) == (8089, 8086, "celery")
+
+
+def test_mistakes_in_the_configuration_are_all_named_at_the_first_use_and_at_every_one() -> None:
+    app = make_app(
+        influx_databses={},
+        influx_strickt=True,
+        influx_databases={"main": {"udp_prot": 1}, "web": "ftp://x"},
+        influx_default_database="mian",
+    )
+    influx = celery_influx.install(app)
+    uses: list[Callable[[], object]] = [
+        lambda: influx.send_data({"measurement": "m", "fields": {"f": 1}}),
+        lambda: influx["main"],
+        influx.stats,
+        influx.flush,
+        influx.ping,
+    ]
+
+    for use in uses:
+        with pytest.raises(celery_influx.ConfigError) as raised:
+            use()
+        mistakes = str(raised.value).splitlines()
+        assert len(mistakes) == 5
+        for words in (
+            "influx_databases['main']: unknown option 'udp_prot'; did you mean 'udp_port'?",
+            "influx_databases['web']: unknown scheme 'ftp'; expected ",
+            "influx_default_database: 'mian' is not in influx_databases; expected ",
+            "unknown setting 'influx_databses'; did you mean 'influx_databases'?",
+            "unknown setting 'influx_strickt'; did you mean 'influx_strict'?",
+        ):
+            assert len([each for each in mistakes if each.startswith(words)]) == 1
+    assert influx.close()
+
+
+def test_an_unknown_database_is_named_with_those_there_are(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url, "web": receiver.url})
+    influx = celery_influx.install(app)
+
+    with pytest.raises(celery_influx.ConfigError) as raised:
+        influx.send_data({"measurement": "m", "fields": {"f": 1}}, "wbe")
+
+    assert str(raised.value) == (
+        "no database 'wbe' in influx_databases; expected one of 'main', 'web'"
+    )
+
+
+def test_the_default_database_answers_for_the_plugin(
+    receiver: Receiver, other_receiver: Receiver
+) -> None:
+    app = make_app(
+        influx_databases={"first": receiver.url, "second": other_receiver.url},
+        influx_default_database="second",
+    )
+    influx = celery_influx.install(app)
+
+    influx.send_data({"measurement": "m", "fields": {"f": 1}})
+    influx.send_data({"measurement": "m", "fields": {"f": 2}}, "first")
+    influx["first"].send_data({"measurement": "m", "fields": {"f": 3}})
+
+    assert influx.close()
+    assert [point.fields["f"] for point in other_receiver.points("m", at_least=1)] == [1]
+    assert [point.fields["f"] for point in receiver.points("m", at_least=2)] == [2, 3]
+
+
+def test_switched_off_it_does_nothing(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"off": receiver.url}, influx_enabled=False)
+    influx = celery_influx.install(app)
+
+    influx.send_data({"measurement": "m", "fields": {"f": 1}})
+    with influx.timed("t"):
+        pass
+
+    assert influx.flush()
+    assert influx.close()
+    assert influx.stats()["off"]["points"] == 0
+    assert "celery_influx off" not in {thread.name for thread in threading.enumerate()}
+    assert receiver.points("m") == receiver.points("timed") == []
+
+
+def test_a_forked_child_sends_its_own_points_and_none_of_the_parents(receiver: Receiver) -> None:
+    url = f"{receiver.url}&flush_interval=60"
+    influx = celery_influx.install(make_app(influx_databases={"main": url}))
+    influx.send_data({"measurement": "parent", "fields": {"f": 1}})
+
+    child = os.fork()
+    if child == 0:
+        try:
+            influx.send_data({"measurement": "child", "fields": {"f": 1}})
+            sent = influx.flush() and influx.stats()["main"]["points"] == 1
+            os._exit(0 if sent else 1)
+        finally:
+            os._exit(2)
+
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(receiver.points("child", at_least=1)) == 1
+    assert receiver.points("parent") == []
+    assert influx.flush()
+    assert len(receiver.points("parent", at_least=1)) == 1
+
+
+@pytest.mark.parametrize("library", ["multiprocessing", "billiard"])
+def test_what_a_child_of_multiprocessing_sent_last_is_sent_at_its_end(
+    library: str, receiver: Receiver
+) -> None:
+    url = f"{receiver.url}&flush_interval=60"
+    influx = celery_influx.install(make_app(influx_databases={"main": url}))
+    context = importlib.import_module(library).get_context("fork")
+
+    child = context.Process(
+        target=influx.send_data, args=({"measurement": "child", "fields": {"f": 1}},)
+    )
+    child.start()
+    child.join(20)
+
+    assert child.exitcode == 0
+    assert len(receiver.points("child", at_least=1)) == 1
+
+
+def test_a_fork_in_the_middle_of_many_threads_points_does_not_hang_the_child(
+    receiver: Receiver,
+) -> None:
+    influx = celery_influx.install(make_app(influx_databases={"main": receiver.url}))
+    ended = threading.Event()
+
+    def send() -> None:
+        while not ended.is_set():
+            influx.send_data({"measurement": "parent", "fields": {"f": 1}})
+
+    threads = [threading.Thread(target=send) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                try:
+                    influx.send_data({"measurement": "child", "fields": {"f": 1}})
+                    os._exit(0 if influx.flush(5) else 1)
+                finally:
+                    os._exit(2)
+            ended_child = wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] and True, 20)  # noqa: B023
+            assert ended_child
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+    assert len(receiver.points("child", at_least=20)) == 20
+
+
+def test_a_point_after_close_opens_it_again(receiver: Receiver) -> None:
+    influx = celery_influx.install(make_app(influx_databases={"main": receiver.url}))
+    influx.send_data({"measurement": "m", "fields": {"f": 1}})
+    assert influx.close()
+
+    influx.send_data({"measurement": "m", "fields": {"f": 2}})
+
+    assert influx.close()
+    assert influx.close()
+    assert len(receiver.points("m", at_least=2)) == 2
+
+
+ROUTES = [
+    ("", "celery", "celery"),
+    ("", "created-on-the-way", "created-on-the-way"),
+    ("post", "letter", "letters"),
+    ("post", "parcel", "parcels"),
+    ("post", "unbound", "unbound"),
+    ("news", "news.eu", "eu"),
+    ("news", "news.eu.berlin.mitte", "eu"),
+    ("news", "news.us.ny", "us"),
+    ("news", "news.us.ny.brooklyn", "rest"),
+    ("loud", "anything", "everyone"),
+    (None, None, ""),
+]
+
+
+@pytest.mark.parametrize(("exchange", "key", "queue"), ROUTES)
+def test_a_queue_is_found_by_exchange_and_routing_key(
+    exchange: str | None, key: str | None, queue: str
+) -> None:
+    queues = [
+        Queue("celery"),
+        Queue("letters", Exchange("post", type="direct"), routing_key="letter"),
+        Queue("parcels", Exchange("post", type="direct"), routing_key="parcel"),
+        Queue("eu", Exchange("news", type="topic"), routing_key="news.eu.#"),
+        Queue("us", Exchange("news", type="topic"), routing_key="news.us.*"),
+        Queue("rest", Exchange("news", type="topic"), routing_key="#"),
+        Queue("everyone", Exchange("loud", type="fanout")),
+    ]
+    influx = celery_influx.install(make_app(task_queues=queues))
+
+    for _ in range(2):
+        name = influx.queue_name({"exchange": exchange, "routing_key": key})
+        assert name == queue

@@ -1,0 +1,390 @@
+"""Celery's signals → celery_task points and one header, tried in this process.
+
+What each pool does is tried in tests/integration/test_end_to_end.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from celery import Celery, Task, signals
+from celery.app.task import Context
+from celery.contrib.testing.worker import start_worker
+
+import celery_influx
+from celery_influx.measurements import CELERY_TASK, STATES
+from celery_influx.signals import HEADER, _eta_ns, _published
+from tests.conftest import Receiver
+
+_names = iter(range(1_000_000))
+
+
+def make_app(**config: Any) -> Celery:
+    """An app with a broker in memory, and a queue of its own in it."""
+    app = Celery("app", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.update(
+        task_default_queue=f"queue{next(_names)}",
+        worker_hijack_root_logger=False,
+        broker_transport_options={"polling_interval": 0.01},
+    )
+    app.conf.update(config)
+    return app
+
+
+@contextmanager
+def working(app: Celery) -> Iterator[None]:
+    """A worker of the pool solo, in a thread."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        with start_worker(app, perform_ping_check=False, pool="solo", shutdown_timeout=20):
+            yield
+            # It looks every two seconds whether it is to end, and after each message.
+            waking = threading.Timer(0.05, app.control.broadcast, ["heartbeat"])
+            waking.start()
+        waking.join()
+    finally:
+        # A worker sets up logging for its process, which here is that of other tests as well.
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+def giving(app: Celery, name: str, result: Any, **options: Any) -> Task:
+    """A task of ``app`` that gives ``result``."""
+
+    @app.task(shared=False, name=name, **options)
+    def give() -> Any:
+        return result
+
+    return give
+
+
+@contextmanager
+def receiving(signal: Any, receiver: Any) -> Iterator[None]:
+    """Connect a receiver of another's for a while."""
+    signal.connect(receiver, weak=False)
+    try:
+        yield
+    finally:
+        signal.disconnect(receiver)
+
+
+def message_of(app: Celery) -> Any:
+    """Take the next message off the app's queue."""
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue(app.conf.task_default_queue)
+        message = queue.get(timeout=5)
+        message.ack()
+        return message
+
+
+def test_a_message_is_stamped_with_one_small_flat_header() -> None:
+    app = make_app()
+    celery_influx.install(app)
+    before = time.time_ns()
+
+    app.send_task("t", headers={"mine": {"kept": 1}})
+
+    headers = message_of(app).headers
+    version, last, first = headers[HEADER].split(";")
+    assert version == "1"
+    assert last == first
+    assert before <= int(last) <= time.time_ns()
+    assert len(headers[HEADER]) < 64
+    assert headers["mine"] == {"kept": 1}
+    # Nothing else is ours: the keys are those of a message without the plugin's receiver.
+    assert {key for key in headers if "influx" in key} == {HEADER}
+
+
+def test_a_header_that_is_handed_on_is_stamped_afresh() -> None:
+    app = make_app()
+    celery_influx.install(app)
+    old = "1;1000000000000000000;900000000000000000"
+
+    app.send_task("t", headers={HEADER: old, "mine": 1})
+
+    _, last, first = message_of(app).headers[HEADER].split(";")
+    assert int(last) == int(first) > 1_700_000_000_000_000_000
+
+
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_retry_keeps_the_first_publish_and_stamps_the_last(protocol: int) -> None:
+    app = make_app(task_protocol=protocol)
+    celery_influx.install(app)
+    first = 1_700_000_000_000_000_000
+
+    app.send_task("t", headers={HEADER: f"1;{first + 5};{first}"}, retries=1)
+
+    _, last, kept = message_of(app).headers[HEADER].split(";")
+    assert int(kept) == first
+    assert int(last) > first + 5
+
+
+def test_the_run_that_is_retried_knows_the_first_publish_better_than_a_handed_on_header() -> None:
+    app = make_app()
+    celery_influx.install(app)
+    stamped = 1_700_000_000_000_000_000
+
+    @app.task(shared=False, bind=True, name="t")
+    def task(self: Task) -> None:
+        # Another task's header, and this run's own, which the message brought.
+        self.request.headers = {HEADER: "1;1600000000000000000;1600000000000000000"}
+        raise self.retry(countdown=0)
+
+    with pytest.raises(Exception, match="Retry in"):
+        _run(app, task, {HEADER: f"1;{stamped};{stamped}"})
+
+    assert message_of(app).headers[HEADER].endswith(f";{stamped}")
+
+
+def _run(app: Celery, task: Task, request: dict[str, Any]) -> Any:
+    """Run the body of a task as a worker does, with this request."""
+    task = app.tasks[task.name]
+    from celery._state import pop_current_task, push_current_task
+
+    push_current_task(task)
+    task.push_request(id="an-id", called_directly=False, is_eager=False, **request)
+    try:
+        return task.run()
+    finally:
+        task.pop_request()
+        pop_current_task()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        b"1;1;1",
+        17,
+        ["1;1;1"],
+        "1;1",
+        "1;1;1;1",
+        "2;1700000000000000000;1700000000000000000",
+        "1;-5;1",
+        "1;1.5;1",
+        "1;99999999999999999999;1",
+        "1;1;1\n",
+        "1;١;1",
+        "x" * 100_000,
+    ],
+)
+def test_a_header_of_another_version_or_garbage_is_none(header: object) -> None:
+    assert _published(header) is None
+
+
+def test_a_header_of_ours_gives_both_times() -> None:
+    assert _published("1;1700000000000000005;1700000000000000000") == (
+        1_700_000_000_000_000_005,
+        1_700_000_000_000_000_000,
+    )
+
+
+def test_a_run_whose_message_has_garbage_for_a_header_has_no_wait(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(app)
+    task = giving(app, "t", 1)
+    garbage = ["2;17;17", 5, {"a": 1}, None]
+    waiting = list(garbage)
+
+    def spoil(headers: dict[str, Any], **_: Any) -> None:
+        headers[HEADER] = waiting.pop()
+
+    with working(app), receiving(signals.before_task_publish, spoil):
+        for _ in garbage:
+            assert task.delay().get(timeout=10) == 1
+
+    for point in receiver.points("celery_task", at_least=len(garbage)):
+        assert "wait" not in point.fields
+        assert "age" not in point.fields
+        assert point.fields["runtime"] >= 0
+
+
+def test_a_publish_in_the_future_is_no_negative_wait_and_is_counted(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(app)
+    task = giving(app, "t", 1)
+
+    def skew(headers: dict[str, Any], **_: Any) -> None:
+        ahead = time.time_ns() + 60_000_000_000
+        headers[HEADER] = f"1;{ahead};{ahead}"
+
+    with working(app), receiving(signals.before_task_publish, skew):
+        task.delay().get(timeout=10)
+
+    (point,) = receiver.points("celery_task", at_least=1)
+    assert point.fields["wait"] == 0.0
+    assert app.influx.stats()["main"]["clamped"] == 1
+
+
+def test_every_tag_and_field_of_a_run_is_in_the_table(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, influx_task_ids=True)
+    celery_influx.install(app)
+    ids = []
+
+    @app.task(shared=False, name="t", bind=True, max_retries=1)
+    def task(self: Task) -> None:
+        ids.append(self.request.id)
+        raise self.retry(countdown=0, exc=KeyError("x"))
+
+    with working(app):
+        result = task.delay()
+        result.get(timeout=10, propagate=False)
+
+    points = receiver.points("celery_task", at_least=2)
+    table = {column.name: column.type for column in CELERY_TASK.columns}
+    for point in points:
+        assert point.tags is not None
+        assert set(point.tags) <= {n for n, kind in table.items() if kind == "tag"}
+        for name, value in point.fields.items():
+            assert type(value).__name__ == table[name]
+    last = points[-1]
+    assert last.tags is not None
+    assert last.tags["state"] == "FAILURE"
+    assert last.tags["exception"] == "KeyError"
+    assert last.tags["queue"] == app.conf.task_default_queue
+    assert last.fields["retries"] == 1
+    assert {"id", "root_id", "wait", "age", "cpu", "runtime"} <= set(last.fields)
+    assert last.fields["id"] == ids[0]
+    assert {"RETRY", "FAILURE"} <= set(STATES)
+
+
+def test_an_app_without_the_plugin_gets_no_point_and_its_messages_work_as_before(
+    receiver: Receiver,
+) -> None:
+    with_plugin = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(with_plugin)
+    without = make_app()
+    ours = giving(with_plugin, "ours", "ours")
+
+    @without.task(shared=False, name="theirs", bind=True)
+    def theirs(self: Task) -> int:
+        return int(self.request.headers["mine"])
+
+    with working(without):
+        assert theirs.apply_async(headers={"mine": 5}).get(timeout=10) == 5
+        assert without.send_task("unknown").id
+    with working(with_plugin):
+        assert ours.delay().get(timeout=10) == "ours"
+
+    points = receiver.points("celery_task", at_least=1)
+    assert [point.tags["task"] for point in points if point.tags] == ["ours"]
+
+
+def test_a_task_that_wants_none_and_an_app_that_wants_none_get_no_points(
+    receiver: Receiver,
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    off = make_app(influx_databases={"main": receiver.url}, influx_task_points=False)
+    celery_influx.install(app)
+    celery_influx.install(off)
+    silent = giving(app, "silent", 1, influx=False)
+    heard = giving(app, "heard", 2)
+    quiet = giving(off, "quiet", 3)
+
+    with working(app):
+        assert silent.delay().get(timeout=10) == 1
+        assert heard.delay().get(timeout=10) == 2
+    with working(off):
+        assert quiet.delay().get(timeout=10) == 3
+
+    points = receiver.points("celery_task", at_least=1)
+    assert [point.tags["task"] for point in points if point.tags] == ["heard"]
+
+
+def test_an_exception_that_is_a_result_is_no_exception_of_the_run(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(app)
+    task = giving(app, "t", ValueError("a value"), ignore_result=True)
+
+    with working(app):
+        task.delay()
+        (point,) = receiver.points("celery_task", at_least=1)
+
+    assert point.tags is not None
+    assert point.tags["state"] == "SUCCESS"
+    assert "exception" not in point.tags
+
+
+def test_a_call_in_place_is_no_run_of_a_message(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(app)
+    task = giving(app, "t", 1)
+
+    assert task.apply().get() == 1
+    assert task() == 1
+
+    assert app.influx.stats()["main"]["points"] == 0
+
+
+def test_nothing_is_kept_of_a_run_after_its_end(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, task_ignore_result=True)
+    influx = celery_influx.install(app)
+    seen: list[weakref.ref[Context]] = []
+    requests: list[Context] = []
+
+    @app.task(shared=False, name="t", bind=True)
+    def task(self: Task, keep: bool = False) -> None:
+        seen.append(weakref.ref(self.request))
+        if keep:
+            requests.append(self.request)
+
+    with working(app):
+        for number in range(300):
+            task.delay(keep=number == 0)
+        receiver.points("celery_task", at_least=300)
+        influx.flush()
+
+    gc.collect()
+    assert len(seen) == 300
+    alive = [reference for reference in seen[1:] if reference() is not None]
+    assert len(alive) <= 1  # Celery's own last one
+    assert not [key for key in vars(requests[0]) if key.startswith("influx")]
+    tables = [value for value in vars(influx).values() if isinstance(value, dict)]
+    assert sum(map(len, tables)) <= 3
+
+
+def test_a_revoked_task_gives_one_point_that_never_ran(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, influx_task_ids=True)
+    celery_influx.install(app)
+    task = giving(app, "t", 1)
+    past = datetime.now(timezone.utc) - timedelta(seconds=5)
+
+    with working(app):
+        expired = task.apply_async(expires=past)
+        (point,) = receiver.points("celery_task", at_least=1)
+
+    assert point.tags is not None
+    assert point.tags["state"] == "REVOKED"
+    assert point.tags["queue"] == app.conf.task_default_queue
+    assert point.tags["worker"]
+    assert point.fields["id"] == expired.id
+    assert point.fields["retries"] == 0
+    assert "runtime" not in point.fields
+
+
+ETAS = [
+    ("2030-01-02T03:04:05.000678+00:00", 1_893_553_445_000_678_000),
+    ("2030-01-02T03:04:05.000678Z", 1_893_553_445_000_678_000),
+    ("2030-01-02T03:04:05", 1_893_553_445_000_000_000),
+    ("2030-01-02T05:04:05.000001+02:00", 1_893_553_445_000_001_000),
+    ("soon", 0),
+    ("", 0),
+    (None, 0),
+    (5, 0),
+]
+
+
+@pytest.mark.parametrize(("eta", "expected"), ETAS)
+def test_an_eta_is_read_as_celery_writes_it(eta: object, expected: int) -> None:
+    assert _eta_ns(eta) == expected
