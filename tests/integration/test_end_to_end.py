@@ -254,6 +254,18 @@ def test_every_end_of_a_run_gives_exactly_one_point(running: Running) -> None:
     }
 
 
+@pytest.mark.parametrize("running", ["prefork"], indirect=True)  # only this pool enforces limits
+def test_a_soft_time_limit_inside_of_send_data_ends_the_task(running: Running) -> None:
+    ids = [running.send("hammer").id for _ in range(6)]
+
+    found = running.runs(*ids, at_least=6)
+
+    assert {(run["state"], run["exception"]) for run in found} == {
+        ("FAILURE", "SoftTimeLimitExceeded")
+    }
+    assert all(0.4 < run["runtime"] < 3 for run in found)
+
+
 def test_wait_of_plain_countdown_and_retried_tasks_is_right_within_50_ms(
     running: Running,
 ) -> None:

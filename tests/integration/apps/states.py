@@ -42,6 +42,14 @@ def fail() -> None:
     raise Broken("no")
 
 
+@app.task(name="states.hammer", soft_time_limit=0.5)
+def hammer() -> None:
+    """Send points until the time is up: nearly always it is up inside of ``send_data``."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        influx.send_data({"measurement": "hammer", "fields": {"f": 1}})
+
+
 @app.task(name="states.give_error", ignore_result=True)
 def give_error() -> Exception:
     """Succeed, with an exception as the result."""
