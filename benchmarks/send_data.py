@@ -1,0 +1,254 @@
+"""CPU time of one point, caller and sender together, against other clients.
+
+Each client does what its user would write, dicts and lists built in the call. All get the same
+values: 4 tags (two of them vary) and 3 fields (float, int, short str), and the present time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+from datadog.dogstatsd.base import DogStatsd
+from influxdb_client import Point as ClientPoint
+from statsd import StatsClient
+
+from benchmarks.sink import Sink
+from benchmarks.table import Table, ratios, rotated, verdict
+from celery_influx import Database, Point, decode
+from celery_influx.options import DatabaseOptions
+
+PATHS = [f"/shop/{i}" for i in range(16)]
+STATUSES = ["200", "201", "404", "503"]
+Run = Callable[[list[float]], None]
+NOTES = """
+Ours: Database.send_data to the end of flush: buffer, batcher thread, UDP to a socket that another \
+process reads; datagrams of 65,507 bytes where nothing is said.
+influxdb-client: Point(...).tag(...)...to_line_protocol() and no more: no batching, no sending.
+datadog: DogStatsd(host, port), and with disable_buffering=False; gauge, gauge, set. No stamps.
+statsd: StatsClient(host, port); it has no tags, so their values go into the names. No stamps. \
+The pipeline sends datagrams of 512 bytes.
+Checked before measuring: each line decodes to the same point, each metric holds value and tags.
+""".strip().splitlines()
+
+
+def run(rounds: int = 15, size: int = 20_000) -> None:
+    """Measure and print; ``size`` points per client and round."""
+    sink = Sink()
+    floats = _floats(size)
+    with _clients(sink.port) as clients:
+        _check(clients, sink)
+        sink.drain()
+        figures: dict[str, list[float]] = {name: [] for name in clients}
+        for turn in range(rounds + 1):
+            for name in rotated(list(clients), turn):
+                kind = next((kind for kind in floats if kind in name), "short floats")
+                before = time.process_time()
+                clients[name](floats[kind])
+                figures[name].append((time.process_time() - before) / size * 1e6)
+    sink.stop()
+    _table({name: found[1:] for name, found in figures.items()}).show()  # the first warms up
+
+
+def _floats(size: int) -> dict[str, list[float]]:
+    rng = random.Random(1)
+    clock = [time.perf_counter() for _ in range(size + 1)]
+    return {
+        "short floats": [rng.randrange(1, 10_000) / 1000 for _ in range(size)],
+        "clock floats": [b - a for a, b in pairwise(clock)],
+        "17-digit floats": [rng.random() for _ in range(size)],
+    }
+
+
+@contextmanager
+def _clients(port: int) -> Iterator[dict[str, Run]]:
+    """Name to a function that makes and sends a point for each float, and waits for the end."""
+    large, small = (
+        Database(DatabaseOptions(host="127.0.0.1", udp_port=port, datagram_bytes=size))
+        for size in (65_507, 1_432)
+    )
+    datadog = DogStatsd("127.0.0.1", port)
+    buffered = DogStatsd("127.0.0.1", port, disable_buffering=False)
+    statsd = StatsClient("127.0.0.1", port)
+    yield {
+        "celery_influx, Point, short floats": _ours(large),
+        "celery_influx, Point, clock floats": _ours(large),
+        "celery_influx, Point, 17-digit floats": _ours(large),
+        "celery_influx, dict": _ours_by_dict(large),
+        "celery_influx, Point, datagrams of 1,432": _ours(small),
+        "influxdb-client, Point to line only, short floats": _influxdb_client,
+        "influxdb-client, Point to line only, clock floats": _influxdb_client,
+        "influxdb-client, Point to line only, 17-digit floats": _influxdb_client,
+        "datadog, default, 3 calls": _datadog(datadog),
+        "datadog, buffered, 3 calls": _datadog(buffered),
+        "datadog, default, 1 call (1 field of 3)": _datadog_one_field(datadog),
+        "datadog, buffered, 1 call (1 field of 3)": _datadog_one_field(buffered),
+        "statsd, 3 calls, tags in the name": _statsd(statsd),
+        "statsd, pipeline, 3 calls, tags in the name": _statsd_pipeline(statsd),
+    }
+    for database in (large, small):
+        database.close()
+        stats = database.stats()
+        if stats["sent"] != stats["points"]:
+            raise RuntimeError(f"not all points were sent, so the figures are wrong: {stats}")
+    buffered.stop()
+
+
+def _ours(database: Database) -> Run:
+    def run(floats: list[float]) -> None:
+        for i, value in enumerate(floats):
+            database.send_data(
+                Point(
+                    "requests",
+                    {"runtime": value, "size": i, "note": "ok"},
+                    {
+                        "path": PATHS[i & 15],
+                        "method": "GET",
+                        "status": STATUSES[i & 3],
+                        "zone": "eu-west",
+                    },
+                )
+            )
+        database.flush(30)
+
+    return run
+
+
+def _ours_by_dict(database: Database) -> Run:
+    def run(floats: list[float]) -> None:
+        for i, value in enumerate(floats):
+            database.send_data(
+                {
+                    "measurement": "requests",
+                    "fields": {"runtime": value, "size": i, "note": "ok"},
+                    "tags": {
+                        "path": PATHS[i & 15],
+                        "method": "GET",
+                        "status": STATUSES[i & 3],
+                        "zone": "eu-west",
+                    },
+                }
+            )
+        database.flush(30)
+
+    return run
+
+
+def _influxdb_client(floats: list[float]) -> None:
+    for i, value in enumerate(floats):
+        _client_line(i, value)
+
+
+def _client_line(i: int, value: float) -> str:
+    return (
+        ClientPoint("requests")
+        .tag("path", PATHS[i & 15])
+        .tag("method", "GET")
+        .tag("status", STATUSES[i & 3])
+        .tag("zone", "eu-west")
+        .field("runtime", value)
+        .field("size", i)
+        .field("note", "ok")
+        .time(time.time_ns())
+        .to_line_protocol()
+    )
+
+
+def _datadog(client: DogStatsd) -> Run:
+    def run(floats: list[float]) -> None:
+        for i, value in enumerate(floats):
+            tags = [f"path:{PATHS[i & 15]}", "method:GET", f"status:{STATUSES[i & 3]}"]
+            tags.append("zone:eu-west")
+            client.gauge("requests.runtime", value, tags)
+            client.gauge("requests.size", i, tags)
+            client.set("requests.note", "ok", tags)
+        client.flush()
+
+    return run
+
+
+def _datadog_one_field(client: DogStatsd) -> Run:
+    def run(floats: list[float]) -> None:
+        for i, value in enumerate(floats):
+            tags = [f"path:{PATHS[i & 15]}", "method:GET", f"status:{STATUSES[i & 3]}"]
+            tags.append("zone:eu-west")
+            client.gauge("requests.runtime", value, tags)
+        client.flush()
+
+    return run
+
+
+def _statsd(client: StatsClient) -> Run:
+    def run(floats: list[float]) -> None:
+        for i, value in enumerate(floats):
+            name = f"requests.{PATHS[i & 15]}.GET.{STATUSES[i & 3]}.eu-west"
+            client.gauge(f"{name}.runtime", value)
+            client.gauge(f"{name}.size", i)
+            client.set(f"{name}.note", "ok")
+
+    return run
+
+
+def _statsd_pipeline(client: StatsClient) -> Run:
+    def run(floats: list[float]) -> None:
+        with client.pipeline() as pipeline:
+            _statsd(pipeline)(floats)
+
+    return run
+
+
+def _check(clients: dict[str, Run], sink: Sink) -> None:
+    """Raise if a client writes anything else than the others."""
+    for name, client in clients.items():
+        if client is _influxdb_client:
+            _check_line(name, _client_line(0, 0.25).encode())
+            continue
+        one_field = "1 call" in name
+        client([0.25])
+        metrics: dict[str, str] = {}
+        while len(metrics) < (1 if one_field or "celery_influx" in name else 3):
+            for line in sink.receive():
+                if b"requests" not in line:
+                    continue  # datadog's own telemetry
+                if "celery_influx" in name:
+                    _check_line(name, line)
+                key, _, value = line.decode().partition(":")
+                metrics[key] = value
+        if "celery_influx" in name:
+            continue
+        if "datadog" in name:
+            prefix, tags = "requests", "|#path:/shop/0,method:GET,status:200,zone:eu-west"
+        else:
+            prefix, tags = "requests./shop/0.GET.200.eu-west", ""
+        expected = {"runtime": "0.25|g", "size": "0|g", "note": "ok|s"}
+        for field in list(expected)[: 1 if one_field else 3]:
+            if not metrics[f"{prefix}.{field}"].startswith(expected[field] + tags):
+                raise RuntimeError(f"{name} wrote something else: {metrics}")
+
+
+def _check_line(name: str, line: bytes) -> None:
+    point = decode(line)
+    tags = {"path": "/shop/0", "method": "GET", "status": "200", "zone": "eu-west"}
+    expected = Point("requests", {"runtime": 0.25, "size": 0, "note": "ok"}, tags, point.timestamp)
+    is_now = isinstance(point.timestamp, int) and abs(point.timestamp - time.time_ns()) < 60e9
+    if point != expected or not is_now:
+        raise RuntimeError(f"{name} wrote something else: {line!r}")
+
+
+def _table(figures: dict[str, list[float]]) -> Table:
+    table = Table("`send_data`: CPU of a point, all threads", "µs", "ours / this")
+    for name, found in figures.items():
+        kind = next((kind for kind in ("clock", "17-digit") if kind in name), "short")
+        ours = figures[f"celery_influx, Point, {kind} floats"]
+        table.add(name, found, ratios(ours, found))
+    ours = figures["celery_influx, Point, short floats"]
+    client = figures["influxdb-client, Point to line only, short floats"]
+    table.notes = [
+        verdict("µs a point", ours, 5),
+        verdict("of influxdb-client's time", ratios(ours, client), 0.6),
+        *NOTES,
+    ]
+    return table

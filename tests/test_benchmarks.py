@@ -1,0 +1,80 @@
+"""The benchmarks run and print their tables. Nothing here is about time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.servers import find
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows(output: str) -> dict[str, str]:
+    """Each row's name and its figures."""
+    cells = [line.strip("| ").split("|", 1) for line in output.splitlines() if line[:1] == "|"]
+    return {name.strip(): figures.strip() for name, figures in cells}
+
+
+def test_send_data_is_measured_beside_every_peer():
+    pytest.importorskip("datadog")
+    pytest.importorskip("statsd")
+    pytest.importorskip("influxdb_client")
+
+    output = run("send_data", "--rounds", "2", "--size", "50")
+
+    names = " ".join(rows(output))
+    for peer in ("celery_influx, Point", "celery_influx, dict", "influxdb-client", "datadog"):
+        assert peer in names
+    assert "statsd, pipeline" in names
+    assert re.search(r"µs a point: [0-9.]+, bound ≤ 5: (kept|NOT KEPT)", output)
+    assert re.search(r"celery \d.*influxdb-client \d.*datadog \d.*statsd \d", output)
+
+
+def test_every_worker_variant_is_measured_and_really_watched():
+    find("redis-server")
+    pytest.importorskip("opentelemetry.instrumentation.celery")
+
+    output = run("worker", "--rounds", "1", "--size", "40")
+
+    figures = rows(output)
+    for name in ("bare", "bare, again", "celery_influx", "events", "opentelemetry"):
+        assert re.match(r"-?[\d,]", figures[name]), figures
+    # 2 warming rounds and 1 measured one, of 42 tasks each.
+    account = re.search(
+        r"([\d,]+) tasks .* ([\d,]+) points .* ([\d,]+) event .* ([\d,]+) span", output
+    )
+    assert account, output
+    tasks, points, events, spans = (int(count.replace(",", "")) for count in account.groups())
+    assert tasks == 126
+    assert points >= tasks
+    assert events >= tasks  # some are sent together
+    assert spans >= tasks
+
+
+def test_import_is_measured_and_its_modules_named():
+    output = run("import", "--rounds", "2", "--size", "3")
+
+    assert any("added after from celery import Celery" in name for name in rows(output))
+    assert "celery_influx.line_protocol" in output
+    assert re.search(r"ms of CPU added: [0-9.]+, bound ≤ 15", output)
+
+
+def test_an_unknown_part_is_named_with_those_there_are():
+    command = [sys.executable, "-m", "benchmarks", "wroker"]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 2
+    assert "no part wroker; expected one of send_data, worker, import" in done.stderr
