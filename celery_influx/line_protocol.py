@@ -153,74 +153,116 @@ def _encoder(  # noqa: PLR0915 - see its docstring
     field_keys = _Cache(_plain_field_key)
     pairs = _Cache(_plain_tag)
     simple = frozenset({int, float, bool})
+    # Escaped measurement and tags by what they were escaped from; only all-str ones are kept, and
+    # nothing that is no str equals one.
+    series: dict[Any, str] = {}
+    find_series = series.get
+    names: dict[Any, str] = {}
+    find_name = names.get
+    escapes, lowest, highest = _STRING_ESCAPES, MIN_INT, MAX_INT
     try:
         constant_text = "".join(map(_plain_tag, constant.items()))
     except _RareError:
         constant_text = ""
 
-    def fast(point: Point) -> bytes:  # noqa: PLR0915 - a call more costs 100 ns
-        """Ordinary names in ordinary dicts; whatever else it meets, it raises _RareError."""
-        measurement, fields, tags, timestamp = point
-        if type(measurement) is not str or type(fields) is not dict:
+    def name_of(key: Any) -> str:
+        """The escaped name of a field, kept for the next time."""
+        if type(key) is not str:
+            raise _RareError
+        if len(names) >= 4096:
+            names.clear()
+        names[key] = text = field_keys[key][1:]
+        return text
+
+    def series_of(measurement: Any, tags: Any) -> str:
+        """The escaped measurement and tags, kept for the next time where that pays."""
+        if type(measurement) is not str:
             raise _RareError
         line = measurements[measurement]
         if tags is None:
-            line += constant_text
-        elif type(tags) is not dict:
+            return f"{line}{constant_text} "
+        if type(tags) is not dict:
             raise _RareError
-        else:
-            if constant:
-                if tags.keys().isdisjoint(constant):
-                    line += constant_text
-                else:
-                    tags = {**constant, **tags}
-            for key, value in tags.items():
-                if type(key) is not str:
-                    raise _RareError
-                if type(value) is str:
-                    line += pairs[key, value]
-                elif type(value) in simple:
-                    line += pairs[key, str(value)]
-                elif value is not None:
-                    raise _RareError
-        body = ""
-        left_out = 0
-        for key, value in fields.items():
-            kind = type(value)
+        tags = tags.copy()  # one state of it, whatever other threads do
+        known = (measurement, *tags.items())
+        seen, all_str = len(pairs), True
+        if constant:
+            if tags.keys().isdisjoint(constant):
+                line += constant_text
+            else:
+                tags = {**constant, **tags}
+        for key, value in tags.items():
             if type(key) is not str:
                 raise _RareError
-            if kind is float:
-                if value - value == 0.0:
-                    body += f"{field_keys[key]}{value!r}"
+            if type(value) is str:
+                line += pairs[key, value]
+            elif type(value) in simple:
+                line += pairs[key, str(value)]
+                all_str = False
+            elif value is not None:
+                raise _RareError
+        line += " "
+        # Tags with a value never seen before may never be seen again.
+        if all_str and len(pairs) == seen and len(line) <= 512:
+            if len(series) >= 4096:
+                series.clear()
+            series[known] = line
+        return line
+
+    def encode(point: Point) -> bytes:  # noqa: PLR0915 - see above
+        """Ordinary names in ordinary dicts; whatever else it meets goes the slow way."""
+        try:
+            measurement, fields, tags, timestamp = point
+            if type(fields) is not dict:
+                raise _RareError
+            line = find_series((measurement, *tags.items())) if type(tags) is dict else None
+            if line is None:
+                line = series_of(measurement, tags)
+            comma = ""
+            left_out = 0
+            for key, value in fields.items():
+                name = find_name(key)
+                if name is None:
+                    name = name_of(key)
+                kind = type(value)
+                if kind is float:
+                    if value - value != 0.0:
+                        left_out += 1
+                        continue
+                    line = f"{line}{comma}{name}{value!r}"
+                elif kind is int:
+                    if not lowest <= value <= highest:
+                        raise _RareError
+                    line = f"{line}{comma}{name}{value}i"
+                elif kind is str:
+                    if '"' in value or "\\" in value:
+                        value = value.translate(escapes)
+                    line = f'{line}{comma}{name}"{value}"'
+                elif kind is bool:
+                    line = f"{line}{comma}{name}{'true' if value else 'false'}"
                 else:
-                    left_out += 1
-            elif kind is int and MIN_INT <= value <= MAX_INT:
-                body += f"{field_keys[key]}{value}i"
-            elif kind is str:
-                if '"' in value or "\\" in value:
-                    body += f'{field_keys[key]}"{value.translate(_STRING_ESCAPES)}"'
-                else:
-                    body += f'{field_keys[key]}"{value}"'
-            elif kind is bool:
-                body += field_keys[key] + ("true" if value else "false")
+                    raise _RareError
+                comma = ","
+            if not comma:
+                raise _RareError
+            if timestamp is None and clock is not None:
+                timestamp = clock()
+            if timestamp is None:
+                encoded = line.encode()
+            elif type(timestamp) is int:
+                if unit != 1:
+                    timestamp //= unit
+                if not MIN_TIME <= timestamp * unit <= MAX_TIME:
+                    raise _RareError
+                encoded = f"{line} {timestamp}".encode()
             else:
                 raise _RareError
-        if not body:
-            raise _RareError
-        if timestamp is None and clock is not None:
-            timestamp = clock()
-        if timestamp is None:
-            encoded = f"{line} {body[1:]}".encode()
-        elif type(timestamp) is int:
-            if unit != 1:
-                timestamp //= unit
-            if not MIN_TIME <= timestamp * unit <= MAX_TIME:
+            if len(encoded) > MAX_KEY_LENGTH:
                 raise _RareError
-            encoded = f"{line} {body[1:]} {timestamp}".encode()
-        else:
-            raise _RareError
-        if len(encoded) > MAX_KEY_LENGTH:
-            raise _RareError
+        # A TypeError: a tag's value that cannot be hashed. A RuntimeError: the dict was changed
+        # by another thread meanwhile.
+        except (_RareError, UnicodeEncodeError, RuntimeError, TypeError):
+            return slow(point)
         if left_out and on_left_out is not None:
             on_left_out(left_out)
         return encoded
@@ -247,13 +289,6 @@ def _encoder(  # noqa: PLR0915 - see its docstring
 
     if constant and not constant_text:
         return slow
-
-    def encode(point: Point) -> bytes:
-        try:
-            return fast(point)
-        except (_RareError, UnicodeEncodeError, RuntimeError):
-            pass  # a RuntimeError: the dict was changed by another thread meanwhile
-        return slow(point)
 
     return encode
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -106,12 +107,10 @@ class UDPPool:
             self._turn = (self._turn + 1) % len(self._sockets)
             sock = self._sockets[self._turn]
             try:
-                sock.send(payload)
+                self._send(sock, payload)
                 # On loopback the answer of a closed port is already here. From elsewhere it
                 # comes later, and the next `send` on this socket raises it.
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            except TimeoutError:
-                code = errno.EAGAIN
             except OSError as error:
                 code = error.errno or errno.EIO
             if code != errno.ECONNREFUSED:
@@ -126,6 +125,16 @@ class UDPPool:
                 self.close()
             raise self._error(errno.errorcode.get(code, str(code)), os.strerror(code))
         return 0
+
+    def _send(self, sock: socket.socket, payload: bytes) -> None:
+        try:
+            sock.send(payload)
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(sock, select.POLLOUT)
+            if not poll.poll(self.SEND_TIMEOUT * 1000):
+                raise
+            sock.send(payload)
 
     def probe(self) -> None:
         """Send two blank datagrams, which InfluxDB ignores, and listen for a refusal.
@@ -201,8 +210,7 @@ class UDPPool:
             for _ in range(self._options.pool_size):
                 sock = socket.socket(family, socket.SOCK_DGRAM)
                 self._sockets.append(sock)
-                # A timeout makes the socket non-blocking, and `send` wait by poll where it must.
-                sock.settimeout(self.SEND_TIMEOUT)
+                sock.setblocking(False)  # with a timeout, every `send` would poll first
                 sock.connect(to)
             mtu = self._sockets[0].getsockopt(*_MTU[family])
         except OSError:
