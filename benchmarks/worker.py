@@ -177,7 +177,9 @@ class Worker:
 def _redis(folder: Path) -> Iterator[int]:
     program = shutil.which("redis-server")
     if not program:
-        raise SystemExit("redis-server is not installed; to install it: make servers")
+        raise SystemExit(
+            "redis-server is not installed; to install it: sh scripts/install-servers.sh"
+        )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]

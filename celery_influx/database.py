@@ -82,6 +82,7 @@ class Database:
         self._transport: Transport | None = None
         self._http: HTTPClient | None = None
         self._batcher: Batcher | None
+        self._unrelayed: int  # lines that the relay did not take since the last flush
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
@@ -160,14 +161,15 @@ class Database:
         """Send what waits now; whether all of it went out within ``timeout`` seconds.
 
         UDP does not say whether anything arrived: True means handed to the network. In a pool
-        child it means that all this process accepted has been handed to the worker.
+        child it means that all it took since the last flush has been handed to the worker.
         """
         self._settled()
         deadline = time.monotonic() + timeout
         arrived = self._upstream(timeout) if self._upstream else True
         batcher = self._batcher
         if batcher is None:
-            return arrived and not len(self._buffer)
+            unrelayed, self._unrelayed = self._unrelayed, 0
+            return arrived and not unrelayed and not len(self._buffer)
         return batcher.flush(max(0.0, deadline - time.monotonic())) and arrived
 
     def finish(self, deadline: float) -> None:
@@ -330,7 +332,8 @@ class Database:
     def _forget(self) -> None:
         self._batcher = None
         self._buffer = Buffer(self.options.queue_size, self.options.queue_bytes)
-        self._report = Report(logger)
+        self._report = Report(logger, passing=self._passing)
+        self._unrelayed = 0
         self._starting = threading.RLock()
         self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
@@ -363,6 +366,7 @@ class Database:
     def _put_relay(self, line: bytes) -> None:
         if not self._relay(line):
             self._counters[DROPPED] += 1
+            self._unrelayed += 1
             self._report.warn(
                 "relay", "%s: dropped a line: the worker did not take it in time", self.name
             )

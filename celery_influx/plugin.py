@@ -26,6 +26,7 @@ from celery_influx.options import Options, load
 from celery_influx.relay import Relay
 from celery_influx.stamps import SLOTS, Stamps
 from celery_influx.timing import Timer
+from celery_influx.timing import begin_anew as begin_timing_anew
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
@@ -181,8 +182,8 @@ class Influx:
         Raises:
             ConfigError: The worker must not start.
         """
-        early = self.stats() if self._settled else {}
         self.close()
+        early = self.stats() if self._settled else {}
         databases = self._open()
         relay = None
         self.is_green = pool in ("gevent", "eventlet")
@@ -390,6 +391,7 @@ def _before_exit(close: Callable[[], object]) -> None:
 
 
 def _after_fork() -> None:
+    begin_timing_anew()
     for influx in _installed:
         influx.after_fork()
 

@@ -38,8 +38,11 @@ _LONGEST_PART = _LONGEST - _PART.size
 #: A line of more parts than this has no transport either.
 _MOST_PARTS = 65_535
 
-#: Users other than root have 64 MiB of pipes in all, so ask for a part of the most there is.
-_CAPACITY = 262_144
+#: The most that Linux gives users other than root, who have 64 MiB of pipes in all; and what is
+#: asked for where they have used that up. A burst of a child's must find room in it, while the
+#: reader waits for a busy main thread to give it the interpreter.
+_CAPACITIES = (1_048_576, 262_144)
+_READ = 262_144
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
 
 
@@ -56,7 +59,7 @@ class Relay:
     """
 
     #: Longest that a child waits for room in the pipe.
-    PATIENCE = 0.005
+    PATIENCE = 0.025
     #: Seconds in which lines gather, after the reader has found few.
     NAP = 0.004
 
@@ -71,10 +74,12 @@ class Relay:
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)  # of this end only: reading still waits
         self._pipe = self._identity(self._write_fd)
-        try:
-            fcntl.fcntl(self._write_fd, _F_SETPIPE_SZ, _CAPACITY)
-        except OSError:
-            logger.debug("the relay's pipe keeps its size", exc_info=True)
+        for capacity in _CAPACITIES:
+            try:
+                fcntl.fcntl(self._write_fd, _F_SETPIPE_SZ, capacity)
+                break
+            except OSError:
+                logger.debug("the relay's pipe cannot have %d bytes", capacity)
         self._serials = itertools.count(1)
         self._impatient = False
         self._parts: dict[tuple[int, int], tuple[int, list[bytes]]] = {}
@@ -220,13 +225,13 @@ class Relay:
         rest = b""
         while self._reader is me:
             try:
-                data = os.read(self._read_fd, _CAPACITY)
+                data = os.read(self._read_fd, _READ)
             except OSError:
                 return  # closed under us: the worker is ending
             if not data:
                 return
             rest = self._take_apart(rest + data if rest else data)
-            if len(data) < _CAPACITY // 4:
+            if len(data) < _READ // 4:
                 # Else each line would wake this thread, which costs the worker more than all the
                 # rest: 5 % of a no-op task, measured. A child waits longer for room than this.
                 time.sleep(self.NAP)

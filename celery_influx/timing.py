@@ -22,7 +22,16 @@ from celery_influx.report import Report
 if TYPE_CHECKING:
     from celery_influx.plugin import Influx
 
-_report = Report(logging.getLogger(__name__))
+_report: Report
+
+
+def begin_anew() -> None:
+    """At import, and in a forked child: a lock of the parent's may be held for ever."""
+    global _report  # noqa: PLW0603 - the one thing this module keeps
+    _report = Report(logging.getLogger(__name__))
+
+
+begin_anew()
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -40,7 +40,12 @@ def options() -> Iterator[str]:
 
 def ex_flux() -> Iterator[str]:
     """docs/reference/ex_flux.md."""
-    yield from ("# ex_flux compared", "", "Every option of ex_flux 0.2.0 and its counterpart here.")
+    yield from (
+        "# ex_flux compared",
+        "",
+        "ex_flux is the Elixir library whose model this one follows. Every option of ex_flux 0.2.0",
+        "and its counterpart here.",
+    )
     yield from ("", row("ex_flux", "its default", "ours", "our default", "why where they differ"))
     yield row("---", "---", "---", "---", "---")
     for field in dataclasses.fields(DatabaseOptions):

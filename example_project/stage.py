@@ -143,7 +143,7 @@ class InItsPlace:
     def __enter__(self) -> "InItsPlace":
         """Listen on free ports, and tell the worker by the environment."""
         listener = self._listener.start()
-        # Small datagrams, often: many a kernel keeps only 200 KB for a reader that is busy.
+        # Often and little at a time: the tables are to be complete soon after the last task.
         url = f"{listener.udp_url}?http_port={listener.http_port}&flush_interval=0.2"
         os.environ["INFLUX"] = url
         self.name = f"a listener in its place, at {listener.udp_url}"

@@ -5,8 +5,8 @@ set -eu
 
 packages=""
 for pair in influxd:influxdb redis-server:redis-server rabbitmq-server:rabbitmq-server \
-    victoria-metrics:victoria-metrics; do
-    PATH="$PATH:/usr/sbin" command -v "${pair%%:*}" >/dev/null || packages="$packages ${pair##*:}"
+    victoria-metrics:victoria-metrics ip:iproute2; do
+    PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null || packages="$packages ${pair##*:}"
 done
 [ -n "$packages" ] || exit 0
 

@@ -23,7 +23,7 @@ MEND = "sh scripts/install-servers.sh"
 
 def find(program: str) -> str:
     """The path of ``program``, or the end of this test."""
-    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin")
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin")
     if path:
         return path
     message = f"{program} is not installed; to install the servers: {MEND}"

@@ -988,3 +988,26 @@ def test_with_a_server_that_hangs_memory_stays_within_the_limit_and_the_caller_i
     assert found["points"] == 1_000_000
     assert found["dropped"] > 900_000
     assert found["dropped"] + found["queued"] == 1_000_000
+
+
+def test_flush_in_a_pool_child_says_if_the_worker_did_not_take_a_line(make) -> None:
+    answers = iter([True, False, True])
+    counters = Counters(1)
+    database = make(
+        settle=lambda: database.begin(
+            counters.row(0),
+            lambda: counters.total(0),
+            Stamps(1),
+            {},
+            relay=lambda line: next(answers),
+        )
+    )
+
+    database.send_data(WHOLE)
+    first = database.flush()
+    database.send_data([WHOLE, WHOLE])
+
+    assert first
+    assert not database.flush()
+    assert database.flush()
+    assert database.stats()["dropped"] == 1

@@ -397,3 +397,17 @@ def test_a_queue_is_found_by_exchange_and_routing_key(
     for _ in range(2):
         name = influx.queue_name({"exchange": exchange, "routing_key": key})
         assert name == queue
+
+
+def test_points_sent_before_the_worker_starts_stay_in_its_account(receiver: Receiver) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    influx = celery_influx.install(app)
+    influx.send_data([{"measurement": "m", "fields": {"f": number}} for number in range(5)])
+
+    influx.start_worker("worker@host", "prefork")
+    influx.start()
+
+    assert len(receiver.points("m", at_least=5)) == 5
+    found = influx.stats()["main"]
+    assert (found["points"], found["sent"], found["queued"]) == (5, 5, 0)
+    assert influx.close()

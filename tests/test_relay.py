@@ -269,6 +269,27 @@ def test_a_full_pipe_is_waited_for_once_and_then_lines_are_dropped_at_once(relay
     assert sorted(rest)[100] < 0.001
 
 
+def test_a_burst_gets_through_while_the_workers_main_thread_is_busy(
+    relay: Relay, sink: Sink
+) -> None:
+    relay.start()
+
+    def burst() -> None:
+        relay.after_fork()
+        assert all(relay.put(0, b"%d " % number + b"." * 20_000) for number in range(40))
+
+    child = fork(burst)
+    found = status = 0
+    while not found:
+        # A busy thread gives the interpreter away every 5 ms only: the reader must wait for it.
+        sum(range(2_000))
+        found, status = os.waitpid(child, os.WNOHANG)
+
+    assert status == 0
+    assert relay.sync(10)
+    assert len(sink.lines[0]) == 40
+
+
 def test_when_reading_resumes_lines_get_through_and_patience_is_back(
     relay: Relay, sink: Sink
 ) -> None:

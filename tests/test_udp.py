@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from celery_influx.errors import SendError
 from celery_influx.options import DatabaseOptions
 from celery_influx.transports import open_transport, udp
 from celery_influx.transports.udp import UDPPool
-from tests.servers import free_port
+from tests.servers import find, free_port
 from tests.test_relay import open_files
 
 
@@ -489,9 +488,9 @@ for host in ("10.99.0.2", "fd99::2"):
 
 
 def test_on_ethernet_a_datagram_is_what_its_frame_takes() -> None:
-    ip = shutil.which("ip", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if not ip or os.geteuid() != 0:
-        pytest.skip("needs root and iproute2: apt-get install iproute2")
+    ip = find("ip")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make a network namespace")
     name = f"influx{os.getpid()}"
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:

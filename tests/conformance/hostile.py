@@ -15,6 +15,7 @@ from typing import Any
 
 from celery_influx.errors import PointError
 from celery_influx.line_protocol import encode
+from celery_influx.line_reader import decode, parse
 from celery_influx.point import Point
 
 SEED = 20_160_707
@@ -78,14 +79,23 @@ class Hostile:
         return Point(name(), fields, tags or None, time)
 
 
+_BEFORE, _AFTER = b'before f="a",g=1i 1', b"after,t=a f=1 2"
+
+
 def outcomes(count: int, seed: int = SEED) -> Counter[str]:
     """Encode ``count`` hostile points; how many were encoded, or why not, without the names."""
     hostile = Hostile(seed)
     found: Counter[str] = Counter()
-    for _ in range(count):
+    for number in range(count):
         point = hostile.point()
         try:
-            encode(point)
+            line = encode(point)
+            if number % 16 == 0:
+                # In a datagram it stands between others: they stay what they are, and so does it.
+                assert parse(b"\n".join((_BEFORE, line, _AFTER))) == (
+                    [decode(_BEFORE), decode(line), decode(_AFTER)],
+                    [],
+                )
         except PointError as error:
             found[reason(str(error))] += 1
         else:
@@ -113,7 +123,8 @@ def report(count: int = SAMPLE) -> str:
         f"# What the encoder refuses\n\nOf {count:,} hostile points (seed {SEED}), by\n"
         "`python -m tests.conformance.hostile`. In one point of eight nearly every name holds\n"
         "a separator, a backslash or a control character. What is encoded the tests hold against\n"
-        "influxd.\n\n"
+        "influxd. Of the 367 points of the public line-protocol-corpus 2 are refused, for a tag\n"
+        "`time`, with which influxd drops the point, too (`test_corpus.py`).\n\n"
         f"| points | outcome |\n|---|---|\n{rows}"
     )
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-from celery import Task
-
 import celery_influx
 from tests.integration.apps.base import make_app, store
 
@@ -37,24 +35,3 @@ def work(number: int) -> None:
         pipe.incrby("custom", POINTS)
         pipe.incr("tasks")
         pipe.execute()
-
-
-@app.task(name="load.block", ignore_result=True)
-def block(seconds: float) -> None:
-    """Keep one process or thread of the pool busy."""
-    time.sleep(seconds)
-
-
-@app.task(name="load.note", bind=True, ignore_result=True)
-def note(self: Task) -> None:
-    """Write down when this run began."""
-    store().rpush(f"began {self.request.id}", repr(time.time()))
-
-
-@app.task(name="load.again", bind=True, ignore_result=True, max_retries=2)
-def again(self: Task, countdown: float) -> None:
-    """Write down when each run began, and the ETA of the one after it."""
-    store().rpush(f"began {self.request.id}", repr(time.time()))
-    if self.request.retries < 2:
-        store().rpush(f"eta {self.request.id}", repr(time.time() + countdown))
-        raise self.retry(countdown=countdown)
