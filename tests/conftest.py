@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,18 @@ import pytest
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
 from tests.servers import Influxd, Redis
+
+
+@pytest.fixture(autouse=True)
+def no_collection_inside_of_celerys_client() -> Iterator[None]:
+    """Keep the collector out while a test runs.
+
+    A collected AsyncResult unsubscribes from Redis, wherever it is collected: inside of redis-py's
+    own lock, which is not reentrant, it hangs for ever (seen here with Celery 5.3).
+    """
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

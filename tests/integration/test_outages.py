@@ -397,7 +397,8 @@ def script(config: dict[str, object], *arguments: str) -> tuple[int, float, str]
     """Run ``apps/script.py``: its exit code, seconds, and what it printed."""
     began = time.monotonic()
     run = subprocess.run(
-        [sys.executable, "-m", "tests.integration.apps.script", *arguments],
+        # Newer Pythons warn of a fork while threads run, which is just what is tried.
+        [sys.executable, "-W", "ignore", "-m", "tests.integration.apps.script", *arguments],
         env=environment("memory://", config),
         capture_output=True,
         text=True,
