@@ -150,7 +150,6 @@ def _encoder(  # noqa: PLR0915 - see its docstring
 ) -> Callable[[Point], bytes]:
     """The ``encode`` of one Encoder: a closure, since that is where Python is quickest."""
     measurements = _Cache(_plain_measurement)
-    field_keys = _Cache(_plain_field_key)
     pairs = _Cache(_plain_tag)
     simple = frozenset({int, float, bool})
     # Escaped measurement and tags by what they were escaped from; only all-str ones are kept, and
@@ -171,7 +170,7 @@ def _encoder(  # noqa: PLR0915 - see its docstring
             raise _RareError
         if len(names) >= 4096:
             names.clear()
-        names[key] = text = field_keys[key][1:]
+        names[key] = text = _plain_field_key(key)[1:]
         return text
 
     def series_of(measurement: Any, tags: Any) -> str:
