@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -32,12 +33,39 @@ def find(program: str) -> str:
     pytest.skip(message)
 
 
-def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket(socket.AF_INET, kind) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
+def _below_ephemeral() -> int:
+    """The first port that the kernel may give to an outgoing connection."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 32768
+
+
+_PORTS = range(10_000, _below_ephemeral())
+_handed_out: set[int] = set()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody holds now, by TCP or by UDP, and that none will be given.
+
+    A port that the kernel picks (``bind`` to 0) is free only until it picks it again for
+    somebody's outgoing connection, perhaps before the server under test has bound it. So this
+    one is from below those; and it is free for both protocols, since VictoriaMetrics listens
+    to both on one port.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().choice(_PORTS)
+        if port in _handed_out:
+            continue
+        try:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                with socket.socket(socket.AF_INET, kind) as sock:
+                    sock.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        _handed_out.add(port)
         return port
+    raise AssertionError("no free port found among 1000 tries")
 
 
 def wait_for(condition: Callable[[], object], timeout: float = 30.0, what: str = "") -> object:
@@ -154,7 +182,7 @@ class Influxd(Server):
         super().__init__(folder)
         self.program = find("influxd")
         self.http_port = free_port()
-        self.udp_port = free_port(socket.SOCK_DGRAM)
+        self.udp_port = free_port()
         self.udp_database = udp_database
         self.udp_precision = udp_precision
         self.auth = auth
@@ -277,7 +305,7 @@ class VictoriaMetrics(Server):
         super().__init__(folder)
         self.program = find("victoria-metrics")
         self.http_port = free_port()
-        self.udp_port = free_port(socket.SOCK_DGRAM)
+        self.udp_port = free_port()
 
     def command(self) -> list[str]:
         return [

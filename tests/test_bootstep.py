@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,7 +110,7 @@ def test_a_worker_with_mistakes_in_its_configuration_names_them_all_and_does_not
 def test_it_warns_once_where_nobody_listens_on_the_udp_port_and_starts_all_the_same(
     influxd: Influxd, broker: str, sender: Celery, tmp_path: Path
 ) -> None:
-    port = free_port(socket.SOCK_DGRAM)
+    port = free_port()
     url = f"udp://127.0.0.1:{port}?http_port={influxd.http_port}"
 
     with Worker(tmp_path, "states", broker, {"influx_databases": {"metrics": url}}) as worker:

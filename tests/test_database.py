@@ -548,7 +548,7 @@ def test_the_first_points_of_many_threads_at_once_are_all_counted_and_sent(
 
 
 def test_a_refused_port_is_counted_as_lost_and_sending_resumes(make, server: Server) -> None:
-    port = free_port(socket.SOCK_DGRAM)
+    port = free_port()
     database = make(udp_port=port)
 
     database.send_data([WHOLE] * 3)

@@ -203,7 +203,7 @@ def test_a_port_in_use_is_an_os_error(listener: Listener) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_program_prints_points_and_refusals_and_ends_cleanly(number: int) -> None:
-    udp, http = free_port(socket.SOCK_DGRAM), free_port()
+    udp, http = free_port(), free_port()
     command = [sys.executable, "-m", "celery_influx.listener"]
     ports = ["--udp-port", str(udp), "--http-port", str(http), "--database", "shop"]
     with subprocess.Popen(command + ports, stdout=subprocess.PIPE, text=True) as process:

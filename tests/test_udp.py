@@ -180,7 +180,7 @@ def test_address_and_repr_name_the_server_and_no_secret(host: str, address: str)
 
 
 def test_a_closed_port_is_said_at_every_attempt_with_the_mend() -> None:
-    port = free_port(socket.SOCK_DGRAM)
+    port = free_port()
     pool = pool_to(port)
 
     for _ in range(4):
@@ -197,7 +197,7 @@ def test_a_closed_port_is_said_at_every_attempt_with_the_mend() -> None:
 
 @ipv6
 def test_a_closed_port_of_a_name_with_two_addresses_is_said_too(localhost: str) -> None:
-    pool = pool_to(free_port(socket.SOCK_DGRAM), localhost)
+    pool = pool_to(free_port(), localhost)
 
     for _ in range(4):
         with pytest.raises(SendError, match="ECONNREFUSED"):
@@ -219,7 +219,7 @@ def test_a_server_that_comes_up_on_the_other_family_is_found(localhost: str) -> 
 
 
 def test_sending_resumes_when_the_port_opens(clock: Clock) -> None:
-    port = free_port(socket.SOCK_DGRAM)
+    port = free_port()
     pool = pool_to(port, clock=clock)
     with pytest.raises(SendError):
         pool.write(b"lost")
@@ -239,7 +239,7 @@ def test_probe_raises_where_nobody_listens_and_is_ignored_where_somebody_does(
     pool.close()
 
     with pytest.raises(SendError, match="nobody listens there"):
-        pool_to(free_port(socket.SOCK_DGRAM), clock=clock).probe()
+        pool_to(free_port(), clock=clock).probe()
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "a" * 300])
@@ -341,7 +341,7 @@ def test_a_name_is_looked_up_again_at_intervals_and_followed(
 def test_a_name_is_looked_up_again_soon_after_a_refusal_and_followed(
     names: dict[str, Any], clock: Clock
 ) -> None:
-    port = free_port(socket.SOCK_DGRAM)
+    port = free_port()
     names["influx"] = "127.0.0.1"
     pool = pool_to(port, "influx", clock=clock)
     for _ in range(100):

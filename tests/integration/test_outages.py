@@ -86,7 +86,7 @@ def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_
     nowhere = {**limits, "host": "no-such-host.invalid", "datagram_bytes": 65_507}
     databases = {
         "hung": {**limits, "transport": "http", "http_port": black_hole, "host": "127.0.0.1"},
-        "refused": {**limits, "udp_port": free_port(socket.SOCK_DGRAM), "host": "127.0.0.1"},
+        "refused": {**limits, "udp_port": free_port(), "host": "127.0.0.1"},
         "refused-http": {**limits, "transport": "http", "host": "127.0.0.1"},
         "unknown": nowhere,
         "unknown-http": {**nowhere, "transport": "http"},
