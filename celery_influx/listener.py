@@ -67,6 +67,8 @@ class Listener:
         udp_port: 0 takes a free one.
         http_port: 0 takes a free one.
         database: The name of its one database.
+        udp_precision: The unit in which the times of datagrams are read: "", which is "ns",
+            "u", "ms" or "s".
         verbose: Print each point and each refusal.
         max_points: Keep this many points at most, the newest; ``None``: all.
 
@@ -81,6 +83,7 @@ class Listener:
         http_port: int = 0,
         database: str = "celery",
         *,
+        udp_precision: str = "",
         verbose: bool = False,
         max_points: int | None = None,
     ) -> None:
@@ -88,6 +91,7 @@ class Listener:
         self.database = database
         self.received = Received()
         self._ports = (udp_port, http_port)
+        self._udp_unit = _UNITS.get(udp_precision, 1)
         self._verbose = verbose
         self._max_points = max_points
         self._refused: deque[str] = deque(maxlen=_REFUSED_KEPT)
@@ -240,7 +244,7 @@ class Listener:
                 break
 
     def _take(self, datagram: bytes) -> None:
-        points, reasons = parse(datagram)
+        points, reasons = parse(datagram, self._udp_unit)
         fatal = [text for text in reasons if text.startswith(("unable to parse", *_FATAL))]
         with self._changed:
             self.received.datagrams += 1
@@ -249,7 +253,7 @@ class Listener:
                 lost = f"the whole datagram is dropped, {len(points)} good points with it"
                 self._refuse(f"{fatal[0]}; {lost}")
             else:
-                for reason in reasons + self._store(points, 1):
+                for reason in reasons + self._store(points, self._udp_unit):
                     self._refuse(reason)
             self._changed.notify_all()
 

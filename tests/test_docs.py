@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import celery_influx
+from tests.integration.worker import Worker, publisher
+from tests.servers import Influxd, Redis
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")],
@@ -32,10 +36,11 @@ def test_every_code_block_is_python() -> None:
     for page in PAGES:
         for words, code in blocks(page):
             compile(code, str(page), "exec")
-            assert words in ("", "no-run")
+            assert words in ("", "with-servers")
 
 
 RUNNING = {page: [code for words, code in blocks(page) if not words] for page in PAGES}
+WITH_SERVERS = [page for page in PAGES if any(words for words, _ in blocks(page))]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if RUNNING[page]], ids=ident)
@@ -54,6 +59,29 @@ def test_the_code_blocks_of_the_page_run_one_after_another(page: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "rejected" not in done.stderr
+
+
+@pytest.mark.parametrize("page", WITH_SERVERS, ids=ident)
+def test_the_code_blocks_of_the_page_run_with_a_server_and_a_worker(
+    page: Path,
+    influxd: Influxd,
+    database: str,
+    redis_server: Redis,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = {"influx_databases": {"main": f"http://127.0.0.1:{influxd.http_port}/{database}"}}
+    influxd.write(b"celery_task,task=shop.resize,queue=images runtime=1.5", database)
+    app = publisher(redis_server.url, **config)
+    celery_influx.install(app)
+
+    with Worker(tmp_path, "outages", redis_server.url, config):
+        for _, code in blocks(page):
+            exec(code, {"app": app})
+    app.close()
+
+    printed = "celery_task {'queue': 'images'} ['time', 'mean'] [["
+    assert capsys.readouterr().out.startswith(printed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ident)

@@ -13,10 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from celery_influx.counters import Counters
+from celery_influx.database import Database
 from celery_influx.errors import PointError
 from celery_influx.line_protocol import encode
-from celery_influx.line_reader import decode, parse
+from celery_influx.line_reader import parse
+from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from celery_influx.stamps import Stamps
 
 SEED = 20_160_707
 REFUSALS = Path(__file__).with_name("REFUSALS.md")
@@ -79,28 +83,57 @@ class Hostile:
         return Point(name(), fields, tags or None, time)
 
 
-_BEFORE, _AFTER = b'before f="a",g=1i 1', b"after,t=a f=1 2"
+_NEIGHBOUR = Point("neighbour", {"f": "a", "g": 1}, {"t": "a"}, 1)
 
 
 def outcomes(count: int, seed: int = SEED) -> Counter[str]:
     """Encode ``count`` hostile points; how many were encoded, or why not, without the names."""
     hostile = Hostile(seed)
     found: Counter[str] = Counter()
-    for number in range(count):
-        point = hostile.point()
+    for _ in range(count):
         try:
-            line = encode(point)
-            if number % 16 == 0:
-                # In a datagram it stands between others: they stay what they are, and so does it.
-                assert parse(b"\n".join((_BEFORE, line, _AFTER))) == (
-                    [decode(_BEFORE), decode(line), decode(_AFTER)],
-                    [],
-                )
+            encode(hostile.point())
         except PointError as error:
             found[reason(str(error))] += 1
         else:
             found["encoded"] += 1
     return found
+
+
+def sent(count: int, seed: int) -> Counter[str]:
+    """Send ``count`` hostile points by a database that is not strict; its account.
+
+    Every 16 of them stand between two neighbours in what would be one datagram, of which the
+    reader then must take each line for one point, and the neighbours for what they are.
+    """
+    lines: list[bytes] = []
+    counters = Counters(1)
+
+    def begin() -> None:
+        database.begin(
+            counters.row(0),
+            lambda: counters.total(0),
+            Stamps(1),
+            {},
+            relay=lambda line: lines.append(line) is None,
+        )
+
+    database = Database(DatabaseOptions(), settle=begin)
+    hostile = Hostile(seed)
+    found: Counter[str] = Counter()
+    for _ in range(count // 16):
+        lines.clear()
+        database.send_data(_NEIGHBOUR)
+        for _ in range(16):
+            database.send_data(hostile.point())
+        database.send_data(_NEIGHBOUR)
+        points, refused = parse(b"\n".join(lines))
+        assert refused == []
+        assert len(points) == len(lines), lines
+        assert points[0] == points[-1] == _NEIGHBOUR, lines
+        found["lines"] += len(lines)
+    account = database.stats()
+    return found + Counter({name: account[name] for name in ("points", "rejected")})
 
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""

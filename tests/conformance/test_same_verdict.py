@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -142,24 +143,38 @@ def test_each_bad_request(influxd: Influxd, listener: Listener) -> None:
     ids=lambda datagram: repr(datagram[:30]),
 )  # fmt: skip
 def test_each_datagram(influxd: Influxd, datagram: bytes) -> None:
-    """On a database with a shard, followed by a datagram that shows that this one was read."""
+    with Listener() as listener:
+        same_of_a_datagram(influxd, listener, datagram)
+
+
+@pytest.mark.parametrize("precision", ["n", "u", "us", "ms", "s"])
+def test_each_precision_of_datagrams(tmp_path: Path, precision: str) -> None:
+    nanoseconds, seconds = b"x f=1 1700000000000000000", b"x f=1 1700000000"
+    with Influxd(tmp_path, udp_precision=precision) as influxd:
+        for datagram in (b"x f=1 1", seconds, nanoseconds, b"x f=1 1\n" + nanoseconds, b"x f=1 -1"):
+            with Listener(udp_precision=precision) as listener:
+                same_of_a_datagram(influxd, listener, datagram)
+
+
+def same_of_a_datagram(influxd: Influxd, listener: Listener, datagram: bytes) -> None:
+    """Send it to both, in a database with a shard, and one more that shows that it was read."""
     database = influxd.udp_database
     influxd.query(f'DROP DATABASE "{database}"')
     influxd.query(f'CREATE DATABASE "{database}"')
-    for body in (b"old f=1 1", b"old f=1 -1"):
+    old = b"old f=1 1\nold f=1 -1"
+    for body in old.split(b"\n"):
         assert influxd.write(body, database)[0] == 204
+    listener.write(old)
 
-    with Listener() as listener, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        listener.write(b"old f=1 1\nold f=1 -1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for port in (influxd.udp_port, listener.udp_port):
             sock.sendto(datagram, ("127.0.0.1", port))
             sock.sendto(b"fence ok=t 1", ("127.0.0.1", port))
-        listener.wait_for(lambda: listener.count("fence"))
-        wait_for(lambda: influxd.count("fence", "ok", database))
-        ours = listener.points()
+    listener.wait_for(lambda: listener.count("fence"))
+    wait_for(lambda: influxd.count("fence", "ok", database))
 
     theirs = read_back(influxd, database).values()
-    assert sorted(map(exactly, theirs)) == sorted(map(exactly, ours))
+    assert sorted(map(exactly, theirs)) == sorted(map(exactly, listener.points()))
 
 
 def test_random_lines_are_read_as_influxd_reads_them(influxd: Influxd, database: str) -> None:
