@@ -9,7 +9,8 @@ from typing import Any
 
 from celery import bootsteps, signals
 
-from celery_influx import tasks
+from celery_influx import signals as our_signals
+from celery_influx import tasks, verdicts
 from celery_influx.database import Database
 from celery_influx.errors import SendError
 from celery_influx.plugin import Influx, find
@@ -46,6 +47,9 @@ class InfluxStep(bootsteps.StartStopStep):
             logger.info("celery_influx is switched off (influx_enabled)")
             return
         self.influx.start()
+        if self.influx.watches_runs:
+            verdicts.watch(parent.app)
+        _watch_decoding(parent.consumer)
         what = "task runs, " if self.influx.options.task_points else ""
         for database in self.influx:
             logger.info(
@@ -76,6 +80,17 @@ def _on_worker_shutdown(sender: Any = None, **_: Any) -> None:
     influx = find(getattr(sender, "app", None))
     if influx:
         influx.close()
+
+
+def _watch_decoding(consumer: Any) -> None:
+    """Celery has no signal for a message that cannot be decoded: only this method of its own."""
+    handle = consumer.on_decode_error
+
+    def on_decode_error(message: Any, exc: Exception) -> None:
+        handle(message, exc)
+        our_signals.on_refused(consumer, message, exc)
+
+    consumer.on_decode_error = on_decode_error
 
 
 def _probe(database: Database) -> None:

@@ -86,6 +86,7 @@ class Database:
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
+        self._relay_end: Callable[[bytes], bool] | None
         self._forget()
         if settle is None:
             _alone().add(self)
@@ -137,6 +138,25 @@ class Database:
             return
         self._counters[POINTS] += 1
         self._put(line)
+
+    def send_end(self, point: Point) -> None:
+        """As ``send_data``; in a pool child, the end of the run that the point is about, too."""
+        wrong = None
+        line = b""
+        try:
+            line = self._encode(point)
+        except Exception as error:  # noqa: BLE001 - as above
+            wrong = error
+        else:
+            self._counters[POINTS] += 1
+        # The worker must hear of the end, whatever became of the point.
+        if self._relay_end:
+            if not self._relay_end(line) and line:
+                self._count_unrelayed()
+        elif line:
+            self._put_own(line)
+        if wrong:
+            self._reject(wrong)
 
     def send_lines(self, lines: list[bytes]) -> None:
         """Queue encoded lines that others have counted: the relay's, from pool children."""
@@ -267,10 +287,12 @@ class Database:
         stamps: Stamps,
         tags: Mapping[str, Any],
         relay: Callable[[bytes], bool] | None = None,
+        relay_end: Callable[[bytes], bool] | None = None,
     ) -> None:
         """Set out in this process: count in ``counters``, and queue here or write to ``relay``."""
         self._counters = counters
         self._account = account
+        self._relay_end = relay_end
         if relay is not None:
             self._relay = relay
             self._put = self._put_relay
@@ -334,6 +356,7 @@ class Database:
         self._buffer = Buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger, passing=self._passing)
         self._unrelayed = 0
+        self._relay_end = None
         self._starting = threading.RLock()
         self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
@@ -365,11 +388,14 @@ class Database:
 
     def _put_relay(self, line: bytes) -> None:
         if not self._relay(line):
-            self._counters[DROPPED] += 1
-            self._unrelayed += 1
-            self._report.warn(
-                "relay", "%s: dropped a line: the worker did not take it in time", self.name
-            )
+            self._count_unrelayed()
+
+    def _count_unrelayed(self) -> None:
+        self._counters[DROPPED] += 1
+        self._unrelayed += 1
+        self._report.warn(
+            "relay", "%s: dropped a line: the worker did not take it in time", self.name
+        )
 
     def _put_own(self, line: bytes) -> None:
         self._queue((line,))

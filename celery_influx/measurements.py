@@ -38,8 +38,18 @@ CELERY_TASK = Measurement(
         Column("worker", "tag", "", "the worker's node name"),
         Column("host", "tag", "", "the machine's host name"),
         Column("state", "tag", "", "how it ended: " + ", ".join(STATES)),
-        Column("exception", "tag", "", "class of the exception; only where there is one"),
-        Column("runtime", "float", "s", "from the start of the task's body to its end"),
+        Column(
+            "exception",
+            "tag",
+            "",
+            "class of the exception, only where there is one; WorkerLostError: its child died",
+        ),
+        Column(
+            "runtime",
+            "float",
+            "s",
+            "from the start of the task's body to its end, or until it was killed",
+        ),
         Column(
             "wait",
             "float",

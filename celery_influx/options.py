@@ -248,6 +248,9 @@ class Options:
     task_ids: bool = option(
         False, "Write the fields `id`, `root_id` and `parent_id` into `celery_task`."
     )
+    eager: bool = option(
+        False, "Write `celery_task` points of tasks that run at once, in their caller, too."
+    )
     enabled: bool = option(True, "False: record nothing, start nothing, say nothing to the server.")
     allow_post: bool = option(
         False,

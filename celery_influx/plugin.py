@@ -22,8 +22,11 @@ from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 from celery_influx.counters import DROPPED, Counters
 from celery_influx.database import Database
 from celery_influx.errors import ConfigError
+from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
-from celery_influx.relay import Relay
+from celery_influx.point import Point
+from celery_influx.relay import START, VERDICT, Relay
+from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, Stamps
 from celery_influx.timing import Timer
 from celery_influx.timing import begin_anew as begin_timing_anew
@@ -88,6 +91,7 @@ class Influx:
         self._lock = threading.RLock()
         self._settled = False
         self._forked = False
+        self._child_relay: Relay | None = None  # in a pool child
         self._queue_names: dict[tuple[str, str], str] = {}
         #: Whether tasks run in greenlets, many to a thread.
         self.is_green = False
@@ -188,7 +192,7 @@ class Influx:
         relay = None
         self.is_green = pool in ("gevent", "eventlet")
         if pool == "prefork" and self.options.enabled:
-            relay = Relay(self._take_relayed, self._count_broken)
+            relay = Relay(self._take_relayed, self._count_broken, Runs(self.write_run))
         self._worker = _Worker(hostname, Counters(len(databases), SLOTS if relay else 1), relay)
         for number, database in enumerate(databases.values()):
             self._worker.counters.add(number, early.get(database.name, {}))
@@ -215,6 +219,49 @@ class Influx:
         list(self)[number].count(DROPPED)
 
     # -- for the signals -------------------------------------------------------------------------
+
+    def start_run(
+        self, run_id: str | None, tags: dict[str, str], fields: dict[str, Any], *, goes_back: bool
+    ) -> None:
+        """In a pool child: tell the worker that a run starts, which it must end if we cannot.
+
+        ``goes_back``: if the worker ends before the run does, the queue gives it out again.
+        """
+        if not self._settled:
+            self._settle()
+        if self._child_relay:
+            frame = start_frame(run_id, time.time_ns(), tags, fields, goes_back)
+            self._child_relay.put(0, frame, START)
+
+    def write_run(self, tags: dict[str, str], fields: dict[str, Any]) -> None:
+        """Write the point of a run, that nobody was told of."""
+        self.default.send_data(Point(CELERY_TASK.name, fields, tags))
+
+    def end_run(self, tags: dict[str, str], fields: dict[str, Any]) -> None:
+        """Write the point of a run that was told of by ``start_run``."""
+        self.default.send_end(Point(CELERY_TASK.name, fields, tags))
+
+    @property
+    def watches_runs(self) -> bool:
+        """Whether runs are in processes other than this one, their worker, and may be killed."""
+        return bool(self.records_tasks and self._worker and self._worker.relay)
+
+    def judge_run(
+        self,
+        pid: int,
+        run_id: str,
+        state: str,
+        exception: str | None,
+        tags: dict[str, str],
+        fields: dict[str, Any],
+    ) -> None:
+        """In the worker: say what Celery made of the run of a child that was, or will be, killed.
+
+        ``tags`` and ``fields`` are its point's, if the task's body never started.
+        """
+        if self._worker and self._worker.relay:
+            frame = verdict_frame(pid, run_id, state, exception, tags, fields)
+            self._worker.relay.put(0, frame, VERDICT)
 
     @property
     def records_tasks(self) -> bool:
@@ -285,7 +332,9 @@ class Influx:
                     stamps,
                     {**tags, **self.options.tags},
                     partial(relay.put, number) if relay else None,
+                    partial(relay.put_end, number) if relay else None,
                 )
+            self._child_relay = relay
             if self._forked and relay is None:
                 _before_exit(self.close)
             self._settled = True
@@ -294,6 +343,7 @@ class Influx:
         """In a forked child, at once: begin anew, in ways that take no lock of the parent's."""
         self._lock = threading.RLock()
         self._settled = False
+        self._child_relay = None
         self._forked = True
         if self._worker:
             self._worker.after_fork()

@@ -8,9 +8,11 @@ nothing half-written. Lengths part the frames, not newlines: a string field may 
 
     frame     length:u16 kind:u8 database:u8 body[length]
     LINE      body is the line
-    FRAGMENT  body is pid:u32 serial:u32 index:u16 count:u16, then a part of a long line
+    FRAGMENT  body is pid:u32 serial:u32 index:u16 count:u16 kind:u8, then a part of a long body
+    START     a task's run starts in a child; body is `runs.start_frame`
+    END       it has ended; body is pid:u32, then the line of its point, if there is one
     SYNC      body is serial:u32; written by the worker to itself, to know how far it has read
-    2 and 3   free, for the start and the end of a task's run
+    VERDICT   what Celery made of a run that was killed; by the worker, too: `runs.verdict_frame`
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ import threading
 import time
 from collections.abc import Callable
 
+from celery_influx.runs import Runs
+
 logger = logging.getLogger(__name__)
 
 _PIPE_BUF = 4096  # Linux's; POSIX promises 512, and macOS has that
 _HEADER = struct.Struct("<HBB")
-_PART = struct.Struct("<IIHH")
-_SERIAL = struct.Struct("<I")
-LINE, FRAGMENT, SYNC = 0, 1, 4
+_PART = struct.Struct("<IIHHB")
+_SERIAL = _PID = struct.Struct("<I")
+LINE, FRAGMENT, START, END, SYNC, VERDICT = range(6)
 _LONGEST = _PIPE_BUF - _HEADER.size
 _LONGEST_PART = _LONGEST - _PART.size
 #: A line of more parts than this has no transport either.
@@ -56,6 +60,7 @@ class Relay:
         deliver: Called in the reader's thread with a database's number and lines for it.
         lost: Called in the reader's thread with a database's number for a long line of which a
             part is missing, its writer having given up or died.
+        runs: Told in the reader's thread which runs start, end and are killed.
     """
 
     #: Longest that a child waits for room in the pipe.
@@ -67,9 +72,11 @@ class Relay:
         self,
         deliver: Callable[[int, list[bytes]], None],
         lost: Callable[[int], None],
+        runs: Runs,
     ) -> None:
         self._deliver = deliver
         self._lost = lost
+        self._runs = runs
         self.owner = os.getpid()
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)  # of this end only: reading still waits
@@ -129,8 +136,9 @@ class Relay:
         if reader.is_alive():
             return False  # it still reads: its numbers must stay its own
         for database, _ in self._parts.values():
-            self._say_lost(database)
+            self._guarded(self._lost, database)
         self._parts.clear()
+        self._guarded(self._runs.close)
         self.leave()
         return done
 
@@ -149,19 +157,25 @@ class Relay:
         self._read_fd = self._close(self._read_fd)
         self._write_fd = self._close(self._write_fd)
 
-    def put(self, database: int, line: bytes) -> bool:
-        """Write one line for ``database``; False if it was not, and nobody else counts it.
+    def put(self, database: int, body: bytes, kind: int = LINE) -> bool:
+        """Write one line for ``database``, or another ``kind`` of frame; whether it was written.
 
-        Waits at most ``PATIENCE`` seconds where the pipe is full, and not at all after a line
-        was dropped, until one gets through again. Never raises, whatever became of the worker.
+        If it was not, nobody else counts it. Waits at most ``PATIENCE`` seconds where the pipe is
+        full, and not at all after something was dropped, until one gets through again. Never
+        raises, whatever became of the worker.
         """
-        if len(line) <= _LONGEST:
-            frame = _HEADER.pack(len(line), LINE, database) + line
+        if len(body) <= _LONGEST:
+            frame = _HEADER.pack(len(body), kind, database) + body
             return self._write(frame, 0.0 if self._impatient else self.PATIENCE)
-        return self._put_parts(database, line)
+        return self._put_parts(database, body, kind)
 
-    def _put_parts(self, database: int, line: bytes) -> bool:
-        parts = [line[i : i + _LONGEST_PART] for i in range(0, len(line), _LONGEST_PART)]
+    def put_end(self, database: int, line: bytes) -> bool:
+        """Write that the run in this process has ended, and with it the line of its point."""
+        self._impatient = False  # once for each run it is worth to wait
+        return self.put(database, _PID.pack(os.getpid()) + line, END)
+
+    def _put_parts(self, database: int, body: bytes, kind: int) -> bool:
+        parts = [body[i : i + _LONGEST_PART] for i in range(0, len(body), _LONGEST_PART)]
         if len(parts) > _MOST_PARTS:
             return False
         serial = next(self._serials) % 2**32
@@ -169,7 +183,7 @@ class Relay:
         until = time.monotonic() + self.PATIENCE
         for index, part in enumerate(parts):
             head = _HEADER.pack(_PART.size + len(part), FRAGMENT, database)
-            frame = head + _PART.pack(pid, serial, index, len(parts)) + part
+            frame = head + _PART.pack(pid, serial, index, len(parts), kind) + part
             patience = 0.0 if self._impatient else max(0.0, until - time.monotonic())
             if not self._write(frame, patience):
                 # The reader counts a line that began and did not end.
@@ -222,15 +236,28 @@ class Relay:
 
     def _read(self) -> None:
         me = threading.current_thread()
+        runs = self._runs
+        poll = select.poll()
+        poll.register(self._read_fd, select.POLLIN)
         rest = b""
         while self._reader is me:
+            self._guarded(runs.look)
+            broken = [key for key in self._parts if not _alive(key[0])]
+            wait = self._runs.INTERVAL if broken else runs.wait
             try:
-                data = os.read(self._read_fd, _READ)
+                data = b""
+                if wait is None or poll.poll(wait * 1_000):
+                    data = os.read(self._read_fd, _READ)
+                    if not data:
+                        return
             except OSError:
                 return  # closed under us: the worker is ending
-            if not data:
-                return
-            rest = self._take_apart(rest + data if rest else data)
+            if data:
+                rest = self._take_apart(rest + data if rest else data)
+            if len(data) < _READ:
+                # That was all there was: nothing more comes from who was dead before.
+                self._guarded(runs.bury)
+                self._guarded(self._forget, broken)
             if len(data) < _READ // 4:
                 # Else each line would wake this thread, which costs the worker more than all the
                 # rest: 5 % of a no-op task, measured. A child waits longer for room than this.
@@ -247,35 +274,49 @@ class Relay:
             if start + length > end:
                 break
             position = start + length
-            if kind == LINE:
+            body = data[start:position]
+            if kind == FRAGMENT:
+                whole = self._join(database, body)
+                if whole is None:
+                    continue
+                kind, body = whole
+            if kind == END:
+                self._guarded(self._runs.ended, *_PID.unpack_from(body))
+                body = body[_PID.size :]
+            if kind == LINE or (kind == END and body):
                 try:
-                    lines[database].append(data[start:position])
+                    lines[database].append(body)
                 except KeyError:
-                    lines[database] = [data[start:position]]
-            elif kind == FRAGMENT:
-                line = self._join(database, data[start:position])
-                if line is not None:
-                    lines.setdefault(database, []).append(line)
+                    lines[database] = [body]
+            elif kind == START:
+                self._guarded(self._runs.started, body)
+            elif kind == VERDICT:
+                self._guarded(self._runs.judged, body)
             elif kind == SYNC:
-                synced = max(synced, *_SERIAL.unpack_from(data, start))
+                synced = max(synced, *_SERIAL.unpack(body))
         for database, found in lines.items():
-            try:
-                self._deliver(database, found)
-            except Exception:
-                # A reader that dies would leave every child with a full pipe.
-                logger.exception("the relay could not deliver %d lines it read", len(found))
+            self._guarded(self._deliver, database, found)
         if synced:
             with self._read_all:
                 self._synced = max(self._synced, synced)
                 self._read_all.notify_all()
         return data[position:]
 
-    def _join(self, database: int, body: bytes) -> bytes | None:
-        """Keep one part of a long line; the line, if this was its last part."""
-        pid, serial, index, count = _PART.unpack_from(body)
-        part = body[_PART.size :]
+    @staticmethod
+    def _guarded(call: Callable[..., object], *args: object) -> None:
+        """Call it; a reader that died of an exception would leave every child with a full pipe."""
+        try:
+            call(*args)
+        except Exception:
+            logger.exception("the relay's reader goes on after an error")
+
+    def _join(self, database: int, part: bytes) -> tuple[int, bytes] | None:
+        """Keep one part of a long body; its kind and all of it, if this was the last part."""
+        pid, serial, index, count, kind = _PART.unpack_from(part)
+        part = part[_PART.size :]
         if index == 0:
-            self._forget_broken(pid)
+            mine = [key for key in self._parts if key[0] == pid]
+            self._forget(mine[: max(0, len(mine) - self._MOST_OPEN + 1)])
             self._parts[pid, serial] = (database, [part])
             return None
         found = self._parts.get((pid, serial))
@@ -285,24 +326,17 @@ class Relay:
         if index + 1 < count:
             return None
         del self._parts[pid, serial]
-        return b"".join(found[1])
+        return kind, b"".join(found[1])
 
     #: A process's threads may each be in the middle of a long line.
     _MOST_OPEN = 64
 
-    def _forget_broken(self, pid: int) -> None:
-        """Count and drop the long lines that will not be finished: bounded, whoever dies."""
-        mine = [key for key in self._parts if key[0] == pid]
-        dead = [key for key in self._parts if key[0] != pid and not _alive(key[0])]
-        for key in dead + mine[: max(0, len(mine) - self._MOST_OPEN + 1)]:
-            database, _ = self._parts.pop(key)
-            self._say_lost(database)
-
-    def _say_lost(self, database: int) -> None:
-        try:
-            self._lost(database)
-        except Exception:
-            logger.exception("the relay could not count a line it lost")
+    def _forget(self, broken: list[tuple[int, int]]) -> None:
+        """Count and drop long lines that will not be finished."""
+        for key in broken:
+            found = self._parts.pop(key, None)
+            if found:
+                self._guarded(self._lost, found[0])
 
 
 def _alive(pid: int) -> bool:

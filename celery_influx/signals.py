@@ -1,29 +1,30 @@
 """Celery's signals → celery_task points. Nothing is kept of a run after its end.
 
-What only the worker itself knows (hard time limits, killed children) is not told by these
-signals; the relay's frames have kinds free for the start and the end of a run.
+What only the worker itself knows (hard time limits, killed children) these signals do not tell:
+see ``verdicts``.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import time
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Task, current_task, signals
 from celery.app.task import Context
-from celery.exceptions import NotRegistered, Retry
+from celery.exceptions import Ignore, NotRegistered, Reject, Retry
 
 from celery_influx.counters import CLAMPED
-from celery_influx.measurements import CELERY_TASK
 from celery_influx.plugin import Influx, find
-from celery_influx.point import Point
 
 #: Name of the one header: "1;<ns of this publish>;<ns of the first publish>". Flat, small and
 #: scalar; whoever does not know it can leave it alone, and so do we with another version's.
 HEADER = "celery_influx"
 _is_ours = re.compile(r"1;([0-9]{1,19});([0-9]{1,19})").fullmatch
+#: Stands for the task's name in points of messages in which none could be read.
+UNREADABLE = "(unreadable)"
 _NS = 1_000_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -36,6 +37,7 @@ def connect() -> None:
         (signals.task_postrun, _on_end),
         (signals.task_revoked, _on_revoked),
         (signals.task_unknown, _on_unknown),
+        (signals.task_rejected, _on_rejected),
     ):
         signal.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
 
@@ -64,7 +66,7 @@ def _published(header: object) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _recorder(task: object) -> Influx | None:
+def recorder(task: object) -> Influx | None:
     """The plugin that wants points of ``task``'s runs."""
     if not isinstance(task, Task) or getattr(task, "influx", True) is False:
         return None
@@ -72,58 +74,124 @@ def _recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
+class _Run(NamedTuple):
+    """A run under way, kept with its request: what its point has so far, and three clocks."""
+
+    influx: Influx
+    tags: dict[str, str]
+    fields: dict[str, Any]
+    clock: float
+    cpu: float
+
+
 def _on_start(task: Task[Any, Any], **_: Any) -> None:
-    if _recorder(task):
-        task.request.__dict__["influx_start"] = (
-            time.time_ns(),
-            time.perf_counter(),
-            time.thread_time(),
-        )
+    influx = recorder(task)
+    request = task.request
+    if influx is None or (request.is_eager and not influx.options.eager):
+        return
+    tags, fields = tags_and_fields(influx, task.name, request, request.retries)
+    _add_wait(fields, influx, request, time.time_ns())
+    if not request.is_eager:  # one that is runs in the middle of another
+        influx.start_run(request.id, tags, fields, goes_back=bool(task.acks_late))
+    run = _Run(influx, tags, fields, time.perf_counter(), time.thread_time())
+    request.__dict__["influx_run"] = run
 
 
 def _on_end(
     task: Task[Any, Any], state: str | None = None, retval: object = None, **_: Any
 ) -> None:
+    clock, cpu = time.perf_counter(), time.thread_time()
     request = task.request
-    start = request.__dict__.pop("influx_start", None)
-    influx = _recorder(task)
-    # Without a state no end was reached: only the worker can tell what happened.
-    if state is None or start is None or influx is None or request.is_eager:
+    run: _Run | None = request.__dict__.pop("influx_run", None)
+    if run is None:
         return
-    began, clock, cpu = start
-    fields: dict[str, Any] = {
-        "runtime": time.perf_counter() - clock,
-        "cpu": None if influx.is_green else time.thread_time() - cpu,
-        "retries": request.retries or 0,
-    }
-    _add_wait(fields, influx, request, began)
     # A task may also give an exception back, as its result.
     exception = retval if state != "SUCCESS" and isinstance(retval, BaseException) else None
+    if state is None:
+        exception = _raised()
+        if run.influx.watches_runs and not isinstance(exception, Exception):
+            return  # this child ends, and the worker knows why
+        state = _STATES.get(type(exception), "FAILURE")
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
-    _write(influx, task.name, request, state, fields, exception)
+    fields = {"runtime": clock - run.clock, **run.fields}
+    if not run.influx.is_green:
+        fields["cpu"] = cpu - run.cpu
+    tags = _ended(run.tags, state, exception)
+    if request.is_eager:
+        run.influx.write_run(tags, fields)
+    else:
+        run.influx.end_run(tags, fields)
+
+
+#: What a task says of its run by raising it.
+_STATES = {Retry: "RETRY", Ignore: "IGNORED", Reject: "REJECTED"}
+
+
+def _raised() -> BaseException | None:
+    """What the task's body raised, where Celery came to no end of the run.
+
+    That may have made Celery fail in turn, as the result could not be stored: the body's own is
+    then the last that was raised through the same frame of Celery's.
+    """
+    raised = found = sys.exc_info()[1]
+    frame = found.__traceback__.tb_frame if found and found.__traceback__ else None
+    while raised:
+        if raised.__traceback__ and raised.__traceback__.tb_frame is frame:
+            found = raised
+        raised = raised.__context__
+    return found
 
 
 def _on_revoked(
     sender: Any = None, request: Any = None, terminated: bool = False, **_: Any
 ) -> None:
-    """Expired, or revoked before its start; with ``terminated``, its child was ended."""
-    influx = _recorder(sender)
-    # A terminated greenlet still comes to its own postrun.
-    if influx and not (terminated and influx.is_green):
-        _write(influx, sender.name, request, "REVOKED", {"retries": request.retries or 0}, None)
+    """Expired, or revoked before its start. With ``terminated`` there was a run, and has an end."""
+    influx = recorder(sender)
+    if influx and not terminated:
+        _write_unstarted(influx, sender.name, request, "REVOKED", None, request.retries)
 
 
 def _on_unknown(sender: Any = None, message: Any = None, name: str = "", **sent: Any) -> None:
-    influx = find(getattr(sender, "app", None))
-    if influx and influx.records_tasks:
-        context = Context(
-            id=sent.get("id"),
-            hostname=sender.hostname,
-            delivery_info=message.delivery_info,
-            retries=0,
-        )
-        _write(influx, name, context, "REJECTED", {"retries": 0}, NotRegistered(name))
+    on_refused(sender, message, NotRegistered(name), name, sent.get("id"))
+
+
+def _on_rejected(sender: Any = None, message: Any = None, exc: Any = None, **_: Any) -> None:
+    on_refused(sender, message, exc)
+
+
+def on_refused(
+    consumer: Any,
+    message: Any,
+    error: BaseException | None,
+    name: str = "",
+    task_id: str | None = None,
+) -> None:
+    """A worker's ``consumer`` could make no task of a message. ``name``: the task's, if known."""
+    influx = find(getattr(consumer, "app", None))
+    if not influx or not influx.records_tasks:
+        return
+    headers = message.headers or {}
+    if not name and headers.get("task") in consumer.app.tasks:
+        name = headers["task"]
+    context = Context(
+        id=task_id or headers.get("id"),
+        hostname=consumer.hostname,
+        delivery_info=message.delivery_info,
+    )
+    _write_unstarted(influx, name or UNREADABLE, context, "REJECTED", error)
+
+
+def _write_unstarted(
+    influx: Influx,
+    name: str,
+    request: Any,
+    state: str,
+    exception: BaseException | None,
+    retries: int | None = 0,
+) -> None:
+    tags, fields = tags_and_fields(influx, name, request, retries)
+    influx.write_run(_ended(tags, state, exception), fields)
 
 
 def _add_wait(fields: dict[str, Any], influx: Influx, request: Context, began: int) -> None:
@@ -153,23 +221,25 @@ def _eta_ns(eta: object) -> int:
     return (when - _EPOCH) // timedelta(microseconds=1) * 1_000
 
 
-def _write(
-    influx: Influx,
-    name: str,
-    request: Context,
-    state: str,
-    fields: dict[str, Any],
-    exception: BaseException | None,
-) -> None:
-    if influx.options.task_ids:
-        fields["id"] = request.id
-        fields["root_id"] = request.root_id
-        fields["parent_id"] = request.parent_id
+def tags_and_fields(
+    influx: Influx, name: str, request: Any, retries: int | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a point says of a run before its end, from Celery's context or worker's request."""
     tags = {
         "task": name,
         "queue": influx.queue_name(request.delivery_info or {}),
         "worker": request.hostname,
-        "state": state,
-        "exception": type(exception).__name__ if exception is not None else None,
     }
-    influx.send_data(Point(CELERY_TASK.name, fields, tags))
+    fields: dict[str, Any] = {"retries": retries or 0}
+    if influx.options.task_ids:
+        fields["id"] = request.id
+        fields["root_id"] = request.root_id
+        fields["parent_id"] = request.parent_id
+    return tags, fields
+
+
+def _ended(tags: dict[str, str], state: str, exception: BaseException | None) -> dict[str, str]:
+    tags = {**tags, "state": state}
+    if exception is not None:
+        tags["exception"] = type(exception).__name__
+    return tags

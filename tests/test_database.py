@@ -26,6 +26,7 @@ from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.relay import Relay
+from celery_influx.runs import Runs
 from celery_influx.stamps import Stamps
 from celery_influx.transports.http import HTTPClient
 from tests.servers import Influxd, free_port, wait_for
@@ -912,7 +913,9 @@ def test_a_pool_child_hands_its_lines_to_the_worker_and_starts_nothing(
 ) -> None:
     database = make()
     counters = Counters(1, rows=2)
-    relay = Relay(lambda _, lines: database.send_lines(lines), lambda _: None)
+    relay = Relay(
+        lambda _, lines: database.send_lines(lines), lambda _: None, Runs(lambda *_: None)
+    )
     parent = os.getpid()
 
     def settle() -> None:

@@ -49,6 +49,7 @@ SETTING_TAKES = {
     "strict": "True or False",
     "task_points": "True or False",
     "task_ids": "True or False",
+    "eager": "True or False",
     "enabled": "True or False",
     "allow_post": "True or False",
     "shutdown_timeout": "seconds at least 0",

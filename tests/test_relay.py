@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from celery_influx.relay import Relay
+from celery_influx.runs import Runs
 from tests.servers import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
@@ -28,6 +29,7 @@ class Sink:
     def __init__(self) -> None:
         self.lines: dict[int, list[bytes]] = {}
         self.lost: list[int] = []
+        self.killed: list[tuple[dict[str, object], dict[str, object]]] = []
         self.failures: list[Exception] = []
         self.open = threading.Event()
         self.open.set()
@@ -41,6 +43,9 @@ class Sink:
     def lose(self, database: int) -> None:
         self.lost.append(database)
 
+    def write(self, tags: dict[str, object], fields: dict[str, object]) -> None:
+        self.killed.append((tags, fields))
+
 
 @pytest.fixture
 def sink() -> Sink:
@@ -49,7 +54,7 @@ def sink() -> Sink:
 
 @pytest.fixture
 def relay(sink: Sink) -> Iterator[Relay]:
-    made = Relay(sink.deliver, sink.lose)
+    made = Relay(sink.deliver, sink.lose, Runs(sink.write))
     yield made
     sink.open.set()
     made.close(5)
@@ -136,6 +141,39 @@ def test_every_line_of_four_children_writing_at_once_arrives_whole_and_once(
         assert sorted(sink.lines[database]) == sorted(expected)
         assert 1 in map(len, expected)
         assert max(map(len, expected)) > 59_000
+    assert sink.lost == []
+
+
+def test_a_long_line_of_a_child_that_has_ended_is_read_to_its_end(relay: Relay, sink: Sink) -> None:
+    """Its first part, then another child's line, then its rest; it is dead when they are read."""
+    begun, go_on = os.pipe(), os.pipe()
+    write = relay._write
+
+    def write_and_wait(frame: bytes, patience: float) -> bool:
+        taken = write(frame, patience)
+        if relay._write == write_and_wait:
+            relay._write = write  # type: ignore[method-assign]
+            os.write(begun[1], b".")
+            os.read(go_on[0], 1)
+        return taken
+
+    def be_interrupted() -> None:
+        relay.after_fork()
+        relay._write = write_and_wait  # type: ignore[method-assign]
+        assert relay.put(0, b"a" * 10_000)
+
+    interrupted = fork(be_interrupted)
+    os.read(begun[0], 1)
+    other = fork(lambda: relay.after_fork() or relay.put(0, b"b" * 10_000))
+    assert exit_code(other) == 0
+    os.write(go_on[1], b".")
+    assert exit_code(interrupted) == 0
+    for fd in (*begun, *go_on):
+        os.close(fd)
+    relay.start()
+    assert relay.sync(10)
+
+    assert sorted(sink.lines[0]) == [b"a" * 10_000, b"b" * 10_000]
     assert sink.lost == []
 
 
@@ -352,7 +390,7 @@ def test_when_the_worker_is_killed_its_children_are_neither_held_up_nor_killed()
 
     def be_worker() -> None:
         sink = Sink()
-        relay = Relay(sink.deliver, sink.lose)
+        relay = Relay(sink.deliver, sink.lose, Runs(sink.write))
         relay.start()
 
         def be_of_no_pool() -> None:
@@ -366,7 +404,7 @@ def test_when_the_worker_is_killed_its_children_are_neither_held_up_nor_killed()
             worker = os.getppid()
             assert relay.put(0, b"before")
             tell(f"child {os.getpid()}")
-            wait_for(lambda: os.getppid() != worker, 20)
+            wait_for(lambda: os.getppid() != worker and not relay.put(0, b"x"), 20)
             slowest = 0.0
             for number in range(2_000):
                 begin = time.perf_counter()
@@ -603,7 +641,7 @@ def test_whatever_delivering_raises_the_reader_reads_on_at_the_right_place(
     found = [line for lines in sink.lines.values() for line in lines]
     assert sorted(found) == sorted(line_of(0, number) for number in range(300))
     assert sink.failures == [] or len(sink.failures) < 20
-    assert "the relay could not deliver" in caplog.text
+    assert "the relay's reader goes on after an error" in caplog.text
 
 
 def test_a_frame_cut_by_the_end_of_a_read_is_put_together(relay: Relay, sink: Sink) -> None:

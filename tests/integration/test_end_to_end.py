@@ -113,7 +113,9 @@ def test_influxdb_counts_what_the_tasks_counted(
         assert row["shop"] == f"shop {serial % 7}"
         assert row["even"] == str(serial % 2 == 0)
         assert row["worker"] == worker.name
-        assert 0 <= row["time"] - row["clock"] + 1_000 < 50_000_000
+        assert -1_000 <= row["time"] - row["clock"] < 5_000_000_000
+    # A point is stamped at the call, unless the machine let others run just then.
+    assert sum(row["time"] - row["clock"] > 50_000_000 for row in rows) < len(rows) // 100
     runs = influxd.rows("celery_task", where)
     assert {(r["task"], r["queue"], r["worker"], r["state"]) for r in runs} == {
         ("load.work", "celery", worker.name, "SUCCESS")

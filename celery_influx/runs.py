@@ -1,0 +1,234 @@
+"""What runs in which pool child, as the worker knows it: so that a killed run has its point, too.
+
+A child says when a run starts, and its end goes with the run's point. Of a run whose child died
+without that, the worker writes the point, as soon as two things are known: that nothing more
+comes from the child, and what Celery made of the run's message.
+"""
+
+from __future__ import annotations
+
+import json
+import marshal
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: Celery's name for what happens to a run whose child died.
+LOST = "WorkerLostError"
+
+
+def start_frame(
+    run_id: str | None,
+    began: int,
+    tags: dict[str, str],
+    fields: dict[str, Any],
+    goes_back: bool,
+) -> bytes:
+    """A child's word that a run starts: its task's id, the time in ns, and what its point has.
+
+    ``goes_back``: if the worker ends before the run does, the queue gives it out again.
+    """
+    return _packed(os.getpid(), run_id, began, tags, fields, goes_back)
+
+
+def verdict_frame(
+    pid: int,
+    run_id: str,
+    state: str,
+    exception: str | None,
+    tags: dict[str, str],
+    fields: dict[str, Any],
+) -> bytes:
+    """The worker's word on a run in the child ``pid``, with what is known of one never started."""
+    return _packed(pid, run_id, time.time_ns(), state, exception, tags, fields)
+
+
+def _packed(*values: Any) -> bytes:
+    try:
+        return marshal.dumps(values)
+    except ValueError:  # a subclass of str, for instance
+        return marshal.dumps(tuple(json.loads(json.dumps(values, default=str))))
+
+
+class _Run:
+    """One run of a task. ``ended``: its point is written; ``died``: when its child was, in ns."""
+
+    __slots__ = (
+        "began",
+        "died",
+        "ended",
+        "fields",
+        "goes_back",
+        "id",
+        "pid",
+        "stopped",
+        "tags",
+        "verdict",
+    )
+
+    def __init__(
+        self,
+        pid: int,
+        run_id: str,
+        began: int,
+        tags: dict[str, Any],
+        fields: dict[str, Any],
+        goes_back: bool,
+    ) -> None:
+        self.pid = pid
+        self.id = run_id
+        self.began = began
+        self.tags = tags
+        self.fields = fields
+        self.goes_back = goes_back
+        self.ended = False
+        self.died = 0
+        self.stopped = 0
+        self.verdict: tuple[str, str | None] | None = None
+
+
+class Runs:
+    """The last run of each child. Only the thread that reads the relay's pipe may use it.
+
+    Args:
+        write: Called with the tags and fields of a run that was killed; it makes the point.
+        gone: Whether the child of that pid has ended. It must leave it to the pool to wait for it.
+    """
+
+    #: Longest that Celery may take to find that a child and its run are lost. It does so at once;
+    #: with a broker that is not asynchronous, after 10 seconds.
+    PATIENCE = 15.0
+    #: Seconds from one look at the children to the next.
+    INTERVAL = 0.05
+    #: Dead children whose run is remembered, for what Celery may still say of it.
+    MOST_DEAD = 1_000
+
+    def __init__(
+        self,
+        write: Callable[[dict[str, Any], dict[str, Any]], None],
+        gone: Callable[[int], bool] | None = None,
+    ) -> None:
+        self._write = write
+        self._gone = gone or has_ended
+        self._living: dict[int, _Run] = {}
+        self._dead: dict[int, _Run] = {}
+        self._found: dict[int, int] = {}  # pid → when it was found dead; perhaps not all is read
+        self._looked = 0.0
+
+    # -- what comes by the pipe ------------------------------------------------------------------
+
+    def started(self, frame: bytes) -> None:
+        """Take a ``start_frame``."""
+        run = _Run(*marshal.loads(frame))  # noqa: S302 - by our own children
+        # A task that starts once more shows what became of its run in a child that died, found
+        # dead by now or not: the pool or the queue gave it out again.
+        for before in (*self._unsettled(), *self._living.values()):
+            if before.id == run.id and before.pid != run.pid:
+                self._judge(before, "RETRY", LOST)
+        self._living[run.pid] = run
+
+    def ended(self, pid: int) -> None:
+        """The run in this child has reached its end, and its point came with the word."""
+        if pid in self._living:
+            self._living[pid].ended = True
+
+    def judged(self, frame: bytes) -> None:
+        """Take a ``verdict_frame``."""
+        pid, run_id, at, state, exception, tags, fields = marshal.loads(frame)  # noqa: S302
+        run = self._find(pid, run_id)
+        if run is None:
+            if pid not in self._living or self._living[pid].ended:
+                # The task's body never started; this is the only word of it.
+                self._write(_tags(tags, state, exception), fields)
+        else:
+            # What is killed on purpose has had its time by now, however long it takes to die.
+            run.stopped = min(run.died or at, at)
+            self._judge(run, state, exception)
+
+    def _find(self, pid: int, run_id: str) -> _Run | None:
+        for runs in (self._living, self._dead):
+            run = runs.get(pid)
+            if run and run.id == run_id:
+                return run
+        # The pool may not have seen which child had taken it.
+        lost = [run for run in self._unsettled() if run.id == run_id]
+        return lost[0] if lost else None
+
+    # -- children that die -----------------------------------------------------------------------
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds after which ``look`` wants to be called again; None: not before more comes."""
+        if self._found or self._unsettled() or not all(r.ended for r in self._living.values()):
+            return self.INTERVAL
+        return None
+
+    def look(self) -> None:
+        """See which children have died. What they wrote before is in the pipe by now."""
+        now = time.monotonic()
+        if now - self._looked < self.INTERVAL:
+            return
+        self._looked = now
+        for pid in self._living:
+            if pid not in self._found and self._gone(pid):
+                self._found[pid] = time.time_ns()
+        overdue = time.time_ns() - int(self.PATIENCE * 1e9)
+        for run in self._unsettled():
+            if run.died < overdue:
+                self._settle(run, "FAILURE", LOST)
+
+    def bury(self) -> None:
+        """All has been read that was in the pipe at the last ``look``."""
+        for pid, died in self._found.items():
+            run = self._living.pop(pid)
+            run.died = died
+            self._dead[pid] = run
+            if run.verdict and not run.ended:
+                self._settle(run, *run.verdict)
+        self._found.clear()
+        while len(self._dead) > self.MOST_DEAD:
+            self._give_up(self._dead.pop(next(iter(self._dead))))
+
+    def close(self) -> None:
+        """The worker ends, and so have its children."""
+        for run in self._dead.values():
+            self._give_up(run)
+        for run in self._living.values():
+            self._give_up(run, "RETRY" if run.goes_back else "FAILURE")
+        self._living.clear()
+        self._dead.clear()
+        self._found.clear()
+
+    def _unsettled(self) -> list[_Run]:
+        return [run for run in self._dead.values() if not run.ended]
+
+    def _judge(self, run: _Run, state: str, exception: str | None) -> None:
+        run.verdict = (state, exception)
+        if run.died and not run.ended:
+            self._settle(run, state, exception)
+
+    def _give_up(self, run: _Run, state: str = "FAILURE") -> None:
+        if not run.ended:
+            run.died = run.died or time.time_ns()
+            self._settle(run, *(run.verdict or (state, LOST)))
+
+    def _settle(self, run: _Run, state: str, exception: str | None) -> None:
+        run.ended = True
+        end = run.stopped or run.died
+        self._write(
+            _tags(run.tags, state, exception),
+            {"runtime": max(0, end - run.began) / 1e9, **run.fields},
+        )
+
+
+def _tags(tags: dict[str, Any], state: str, exception: str | None) -> dict[str, Any]:
+    return {**tags, "state": state, "exception": exception}
+
+
+def has_ended(pid: int) -> bool:
+    """Whether this process's child ``pid`` has ended; its pool may have waited for it or not."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True

@@ -1,0 +1,96 @@
+"""What Celery makes of a run that was killed: told by a worker's requests, for ``runs``.
+
+Signals tell some of it, some of it twice, and not the same in every version of Celery. The
+request of a task knows all of it; and Celery lets a task choose its request's class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
+from celery import Celery
+from celery.exceptions import Terminated, WorkerLostError
+from kombu.utils.imports import symbol_by_name
+
+from celery_influx.runs import LOST
+from celery_influx.signals import recorder, tags_and_fields
+
+_Base: Any = object
+
+
+def watch(app: Celery) -> None:
+    """In a worker, before it consumes: have the requests of all of ``app``'s tasks tell."""
+    watched: dict[type, type] = {}
+    for task in app.tasks.values():
+        base = symbol_by_name(task.Request)
+        if not issubclass(base, _Watched):
+            if base not in watched:
+                watched[base] = type(base.__name__, (_Watched, base), {})
+            task.Request = watched[base]  # type: ignore[assignment]
+
+
+class _Watched(_Base):  # type: ignore[misc]
+    """Laid over a request's class: what it does it does unchanged, and then says what it was."""
+
+    _goes_back = False  # the message, to the queue; or the task, as a retry
+
+    def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+        """The pool failed: the child died, for instance. Or the child says that the task did."""
+        # What a child has said of the task it has also said to us.
+        told = kwargs.get("return_ok") or (len(args) > 1 and args[1])
+        told = told or self._already_cancelled or self._already_revoked
+        try:
+            return super().on_failure(exc_info, *args, **kwargs)
+        finally:
+            if not told:
+                error = exc_info.exception
+                error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+                self._judge_error(error)
+
+    def _judge_error(self, error: BaseException) -> None:
+        if isinstance(error, Terminated):
+            self._judge("REVOKED", None)
+            return
+        lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
+        self._judge_failure(LOST if lost else type(error).__name__)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """A time limit was exceeded; after a hard one the child is killed."""
+        try:
+            super().on_timeout(soft, timeout)
+        finally:
+            if not soft:
+                self._judge_failure("TimeLimitExceeded")
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """The task was revoked: its child is killed, if it was seen to have it."""
+        super().terminate(pool, signal)
+        if self.time_start:
+            self._judge("REVOKED", None)
+
+    def cancel(self, pool: Any, *args: Any, **kwargs: Any) -> None:
+        """The worker ends, or lost its broker: the child is killed, and the message goes back."""
+        super().cancel(pool, *args, **kwargs)
+        if self.time_start:
+            self._judge("RETRY", LOST)
+
+    def reject(self, requeue: bool = False) -> None:
+        """The message is refused."""
+        self._goes_back = self._goes_back or (requeue and not self.acknowledged)
+        super().reject(requeue=requeue)
+
+    def _retry_worker_lost(self, *args: Any) -> bool:
+        """Celery 5.7's own way to start a lost task again."""
+        self._goes_back = bool(super()._retry_worker_lost(*args))
+        return self._goes_back
+
+    def _judge_failure(self, exception: str) -> None:
+        self._judge("RETRY" if self._goes_back else "FAILURE", exception)
+
+    def _judge(self, state: str, exception: str | None) -> None:
+        influx = recorder(self.task)
+        if influx:
+            retries = self.request_dict.get("retries")
+            tags, fields = tags_and_fields(influx, self.task.name, self, retries)
+            influx.judge_run(self.worker_pid or 0, self.id, state, exception, tags, fields)

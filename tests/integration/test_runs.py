@@ -1,0 +1,395 @@
+"""Exactly one point for each run of a task, however it ends.
+
+A run is a start of a task's body, which the tasks count themselves. Each row of the table is made
+by a real message, and by a real signal or limit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from kombu import Producer
+
+import celery_influx
+from tests.integration.worker import Worker, publisher
+from tests.servers import Influxd, Redis, wait_for
+
+LOST = "WorkerLostError"
+#: A run that was over before anything could be done to it.
+OK = ("SUCCESS", None)
+
+
+@dataclass
+class Bench:
+    """A worker of one pool, and what is needed to send to it and to look at what came of it."""
+
+    worker: Worker
+    sender: Celery
+    store: redis.Redis
+    influxd: Influxd
+    database: str
+
+    def send(self, *args: Any, task: str = "run", **options: Any) -> str:
+        """Send ``runs.<task>``; its id."""
+        return str(self.sender.send_task(f"runs.{task}", args, **options).id)
+
+    def began(self, task_id: str) -> list[float]:
+        """When each run of the task began."""
+        found = self.store.lrange(f"began {task_id}", 0, -1)
+        return [float(each.split()[0]) for each in found]
+
+    def wait_for_start(self, task_id: str) -> None:
+        """Wait until the task's body runs."""
+        wait_for(lambda: self.began(task_id), 20, f"{task_id} runs")
+
+    def points(self, task_id: str) -> list[dict[str, Any]]:
+        """The points of the task's runs."""
+        rows = self.influxd.rows("celery_task", self.database)
+        return [row for row in rows if row["id"] == task_id]
+
+
+def sent(*args: Any, **options: Any) -> Callable[[Bench], str]:
+    """A row that is just a message."""
+    return lambda bench: bench.send(*args, **options)
+
+
+def revoked_while_running(name: str, seconds: float = 30) -> Callable[[Bench], str]:
+    """A row whose task is revoked by a signal when its body runs."""
+
+    def make(bench: Bench) -> str:
+        task_id = bench.send(f"sleep {seconds}")
+        bench.wait_for_start(task_id)
+        bench.sender.control.revoke(
+            task_id, terminate=True, signal=name, destination=[bench.worker.name]
+        )
+        return task_id
+
+    return make
+
+
+def revoked_before(bench: Bench) -> str:
+    """A row whose task was revoked before it was sent."""
+    task_id = str(uuid.uuid4())
+    bench.sender.control.revoke(task_id, reply=True, timeout=5, limit=1)
+    return bench.send("succeed", task_id=task_id)
+
+
+def expired(bench: Bench) -> str:
+    """A row whose task is too old."""
+    return bench.send("succeed", expires=datetime.now(timezone.utc) - timedelta(seconds=5))
+
+
+def killed_from_outside(bench: Bench) -> str:
+    """A row whose child is killed by somebody else, as by a system that is out of memory."""
+    task_id = bench.send("sleep 30")
+    bench.wait_for_start(task_id)
+    pid = int(bench.store.lrange(f"began {task_id}", 0, 0)[0].split()[1])
+    assert pid in bench.worker.children()
+    os.kill(pid, signal.SIGKILL)
+    return task_id
+
+
+def undecodable(bench: Bench) -> str:
+    """A row whose message has a body that no one can read."""
+    task_id = str(uuid.uuid4())
+    with bench.sender.connection_for_write() as connection:
+        Producer(connection).publish(
+            b"{not json",
+            routing_key="celery",
+            content_type="application/json",
+            content_encoding="utf-8",
+            headers={"task": "runs.run", "id": task_id, "lang": "py", "root_id": task_id},
+            delivery_mode=2,
+        )
+    return task_id
+
+
+ALL, PREFORK = ("prefork", "threads", "solo"), ("prefork",)
+
+
+@dataclass
+class Row:
+    """How a task is sent and ended, what its runs' points say, in order, and in which pools."""
+
+    make: Callable[[Bench], str]
+    points: list[tuple[str, str | None]]
+    pools: tuple[str, ...] = ALL
+    runtime: float = 0.0
+    #: Points of runs whose body never started.
+    unstarted: int = 0
+    task: str = "runs.run"
+
+
+NEVER = {"unstarted": 1}
+ROWS = {
+    "success": Row(sent("succeed"), [OK]),
+    "failure": Row(sent("fail"), [("FAILURE", "Broken")]),
+    "retry": Row(sent("retry"), [("RETRY", "Broken"), ("RETRY", "Broken"), OK]),
+    "ignore": Row(sent("ignore"), [("IGNORED", "Ignore")]),
+    "reject": Row(sent("reject", task="late"), [("REJECTED", "Reject")], task="runs.late"),
+    "reject and requeue": Row(
+        sent("requeue", task="late"), [("REJECTED", "Reject"), OK], task="runs.late"
+    ),
+    "replaced": Row(sent("replace"), [("IGNORED", "Ignore"), OK]),
+    "soft time limit": Row(
+        sent("sleep 30", soft_time_limit=1), [("FAILURE", "SoftTimeLimitExceeded")], PREFORK, 1.0
+    ),
+    "hard time limit": Row(
+        sent("sleep 30", time_limit=1), [("FAILURE", "TimeLimitExceeded")], PREFORK, 1.0
+    ),
+    "SIGKILL": Row(sent("kill"), [("FAILURE", LOST)], PREFORK),
+    "SIGSEGV": Row(sent("crash"), [("FAILURE", LOST)], PREFORK),
+    "SIGKILL from outside": Row(killed_from_outside, [("FAILURE", LOST)], PREFORK),
+    "SystemExit": Row(sent("exit"), [("FAILURE", LOST)], PREFORK),
+    "SystemExit in a thread": Row(sent("exit"), [("FAILURE", "SystemExit")], ("threads",)),
+    "killed after its end": Row(
+        sent("succeed and die", task="without_result"), [OK], PREFORK, task="runs.without_result"
+    ),
+    "killed after its end, with a result": Row(sent("succeed and die"), [OK], PREFORK),
+    "acks late, killed": Row(
+        sent("kill", task="late"), [("FAILURE", LOST)], PREFORK, task="runs.late"
+    ),
+    "acks late, killed, given back": Row(
+        sent("kill once", task="given_back"), [("RETRY", LOST), OK], PREFORK, task="runs.given_back"
+    ),
+    "revoked before its start": Row(revoked_before, [("REVOKED", None)], **NEVER),
+    "expired": Row(expired, [("REVOKED", None)], **NEVER),
+    "unregistered": Row(
+        sent(task="nothing"), [("REJECTED", "NotRegistered")], task="runs.nothing", **NEVER
+    ),
+    "undecodable": Row(undecodable, [("REJECTED", "DecodeError")], **NEVER),
+    **{
+        f"revoked with {name}": Row(revoked_while_running(name), [("REVOKED", None)], PREFORK)
+        for name in ("SIGTERM", "SIGKILL", "SIGQUIT", "SIGABRT")
+    },
+    # The task's own way to be told that its time is up.
+    "revoked with SIGUSR1": Row(
+        revoked_while_running("SIGUSR1"), [("FAILURE", "SoftTimeLimitExceeded")], PREFORK
+    ),
+    # A pool's children ignore this one, and the body goes on to its end.
+    "revoked with SIGINT": Row(revoked_while_running("SIGINT", 1), [OK], PREFORK, 1.0),
+    "with an eager run in it": Row(sent("eager"), [OK]),
+}
+
+
+@dataclass
+class Table:
+    """All rows of one pool, made at the same time."""
+
+    bench: Bench
+    ids: dict[str, str]
+    points: dict[str, list[dict[str, Any]]]
+
+
+def make_bench(
+    pool: str, redis_server: Redis, influxd: Influxd, folder: Path, number: int, **config: Any
+) -> Bench:
+    """A worker of ``pool``, not started yet, with a broker and a database of its own."""
+    broker = redis_server.url.removesuffix("/0") + f"/{number}"
+    store = redis.Redis.from_url(broker, decode_responses=True)
+    store.flushdb()
+    database = f"runs {folder.name}"
+    influxd.query(f'CREATE DATABASE "{database}"')
+    settings = {
+        "influx_databases": {
+            "main": {
+                "transport": "http",
+                "host": "127.0.0.1",
+                "http_port": influxd.http_port,
+                "database": database,
+                "flush_interval": 0.05,
+            }
+        },
+        "influx_task_ids": True,
+        **config,
+    }
+    sender = publisher(broker)
+    celery_influx.install(sender)
+    worker = Worker(folder, "runs", broker, settings, pool=pool, concurrency=4)
+    return Bench(worker, sender, store, influxd, database)
+
+
+@pytest.fixture(scope="module")
+def tables(
+    redis_server: Redis, influxd: Influxd, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Table]:
+    """Gives the table of a pool. The worker has ended by then: nothing more can come."""
+
+    @lru_cache
+    def table(pool: str) -> Table:
+        bench = make_bench(pool, redis_server, influxd, tmp_path_factory.mktemp(pool), 2)
+        mine = {name: row for name, row in ROWS.items() if pool in row.pools}
+        with bench.worker:
+            ids = {name: row.make(bench) for name, row in mine.items()}
+            for name, row in mine.items():
+                wait_for(
+                    lambda: len(bench.points(ids[name])) >= len(row.points),  # noqa: B023
+                    30,
+                    f"the points of {name!r}\n{bench.worker.log()[-3000:]}",
+                )
+            assert bench.worker.stop() == 0
+        bench.sender.close()
+        return Table(bench, ids, {name: bench.points(ids[name]) for name in mine})
+
+    return table
+
+
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [(pool, name) for pool in ALL for name, row in ROWS.items() if pool in row.pools],
+)
+def test_each_run_has_one_point_that_says_how_it_ended(
+    tables: Callable[[str], Table], pool: str, name: str
+) -> None:
+    table = tables(pool)
+    row, points = ROWS[name], table.points[name]
+    began = table.bench.began(table.ids[name])
+
+    assert states(points) == row.points
+    assert len(began) == len(points) - row.unstarted
+    assert {each["task"] for each in points} == {row.task}
+    assert {each["queue"] for each in points} == {"celery"}
+    assert {each["worker"] for each in points} == {table.bench.worker.name}
+    for point in points:
+        assert (point["runtime"] is None) == bool(row.unstarted)
+        assert (point["wait"] is None) == bool(row.unstarted)
+        assert point["retries"] == (points.index(point) if name == "retry" else 0)
+    if row.runtime:
+        assert points[0]["runtime"] == pytest.approx(row.runtime, abs=0.2)
+
+
+def states(points: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    """What the points say of the end; InfluxDB has no column for what none of them has."""
+    return [(each["state"], each.get("exception")) for each in points]
+
+
+@pytest.fixture
+def bench(
+    redis_server: Redis, influxd: Influxd, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Bench]:
+    """A worker of the prefork pool for one test, with the settings of ``parametrize``."""
+    config = getattr(request, "param", {})
+    found = make_bench("prefork", redis_server, influxd, tmp_path, 3, **config)
+    yield found
+    found.worker.stop(signal.SIGKILL)
+    found.sender.close()
+
+
+def test_a_run_that_the_pool_silently_repeats_is_two_runs(bench: Bench) -> None:
+    """A child that dies before the pool has seen it take its task: then another one gets it."""
+    with bench.worker:
+        ids = [bench.send("kill at once", task="without_result") for _ in range(60)]
+        wait_for(lambda: all(map(bench.began, ids)), 60, "all have run")
+        runs = wait_for_rest(bench, ids)
+        assert bench.worker.stop() == 0
+
+    points = [bench.points(task_id) for task_id in ids]
+    assert [len(each) for each in points] == [len(bench.began(task_id)) for task_id in ids]
+    assert len(runs) >= 60
+    for each in points:
+        assert states(each) == [("RETRY", LOST)] * (len(each) - 1) + [("FAILURE", LOST)]
+
+
+def wait_for_rest(bench: Bench, ids: list[str]) -> list[float]:
+    """Wait until each task has failed for good; when each run began."""
+
+    def failed() -> bool:
+        rows = bench.influxd.rows("celery_task", bench.database)
+        return {row["id"] for row in rows if row["state"] == "FAILURE"} >= set(ids)
+
+    wait_for(failed, 60, "each task has failed")
+    return [began for task_id in ids for began in bench.began(task_id)]
+
+
+#: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too.
+HAS_SOFT_SHUTDOWN = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")
+
+
+@pytest.mark.parametrize("task", ["run", "late"])
+def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> None:
+    with bench.worker:
+        task_id = bench.send("sleep 30", task=task)
+        bench.wait_for_start(task_id)
+        time.sleep(0.5)
+        bench.worker.stop(signal.SIGQUIT)
+
+    (point,) = bench.points(task_id)
+    goes_back = task == "late" or HAS_SOFT_SHUTDOWN
+    assert states([point]) == [("RETRY" if goes_back else "FAILURE", LOST)]
+    assert 0.4 < point["runtime"] < 5
+
+
+@pytest.mark.skipif(not HAS_SOFT_SHUTDOWN, reason="this Celery has no soft shutdown")
+@pytest.mark.parametrize("bench", [{"worker_soft_shutdown_timeout": 1.0}], indirect=True)
+@pytest.mark.parametrize("seconds", ["0.6", "30"])
+def test_a_soft_shutdown_ends_a_run_with_one_point(bench: Bench, seconds: str) -> None:
+    with bench.worker:
+        task_id = bench.send(f"sleep {seconds}", task="late")
+        bench.wait_for_start(task_id)
+        bench.worker.stop(signal.SIGQUIT)
+
+    (point,) = bench.points(task_id)
+    assert states([point]) == [OK if seconds == "0.6" else ("RETRY", LOST)]
+
+
+@pytest.mark.parametrize("bench", [{"result_backend": "redis://127.0.0.1:9/0"}], indirect=True)
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("succeed", OK), ("fail", ("FAILURE", "Broken")), ("retry", ("RETRY", "Broken"))],
+)
+def test_a_result_backend_that_is_down_takes_no_point(
+    bench: Bench, how: str, expected: tuple[str, str | None]
+) -> None:
+    with bench.worker:
+        task_id = bench.send(how)
+        wait_for(lambda: bench.points(task_id), 60, bench.worker.log())
+        bench.worker.stop(signal.SIGKILL)
+
+    assert states(bench.points(task_id))[0] == expected
+
+
+@pytest.mark.parametrize("bench", [{"influx_eager": True}], indirect=True)
+def test_eager_runs_count_where_they_are_asked_for(bench: Bench) -> None:
+    with bench.worker:
+        task_id = bench.send("eager")
+        wait_for(lambda: bench.points(task_id), 20)
+        assert bench.worker.stop() == 0
+
+    assert states(bench.points(task_id)) == [OK]
+    (eager,) = bench.points(f"{task_id} eager")
+    assert states([eager]) == [OK]
+    assert eager["wait"] is None  # it was never published
+
+
+def test_each_task_of_a_canvas_has_one_point(bench: Bench) -> None:
+    with bench.worker:
+        ids = bench.sender.send_task("runs.canvas").get(timeout=20)
+        wait_for(lambda: all(map(bench.points, ids)), 20)
+        assert bench.worker.stop() == 0
+
+    assert len(ids) == len(set(ids)) == 7
+    for task_id in ids:
+        assert states(bench.points(task_id)) == [OK]
+
+
+def test_a_killed_child_takes_no_point_with_it(bench: Bench) -> None:
+    with bench.worker:
+        ids = [bench.send("point and kill") for _ in range(20)]
+        wait_for_rest(bench, ids)
+        assert bench.worker.stop() == 0
+
+    last = [row["id"] for row in bench.influxd.rows("last", bench.database)]
+    began = [task_id for task_id in ids for _ in bench.began(task_id)]
+    assert sorted(last) == sorted(began)

@@ -1,0 +1,240 @@
+"""The worker's table of runs: one point for each that was killed, whatever is heard in what order."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+
+from celery_influx.runs import LOST, Runs, has_ended, start_frame, verdict_frame
+from tests.servers import wait_for
+
+TAGS, FIELDS = {"task": "t"}, {"retries": 0}
+
+
+class Scene:
+    """A table, the children that have died, and the points that were written."""
+
+    def __init__(self) -> None:
+        self.dead: set[int] = set()
+        self.points: list[tuple[str, str | None, str]] = []
+        self.runtimes: list[float | None] = []
+        self.runs = Runs(self.write, lambda pid: pid in self.dead)
+        self.runs.INTERVAL = 0.0
+
+    def write(self, tags: dict[str, Any], fields: dict[str, Any]) -> None:
+        assert tags.items() >= TAGS.items()
+        assert fields.items() >= FIELDS.items()
+        self.points.append((tags["state"], tags["exception"], tags["id"]))
+        self.runtimes.append(fields.get("runtime"))
+
+    def start(self, pid: int, run_id: str, ago: float = 0.0, *, goes_back: bool = False) -> None:
+        began = time.time_ns() - int(ago * 1e9)
+        frame = start_frame(run_id, began, {**TAGS, "id": run_id}, FIELDS, goes_back)
+        # A child writes its own pid.
+        own = frame.replace(os.getpid().to_bytes(4, "little"), pid.to_bytes(4, "little"), 1)
+        self.runs.started(own)
+
+    def judge(self, pid: int, run_id: str, state: str, exception: str | None = LOST) -> None:
+        self.runs.judged(
+            verdict_frame(pid, run_id, state, exception, {**TAGS, "id": run_id}, FIELDS)
+        )
+
+    def die(self, pid: int) -> None:
+        """It dies, and all that it wrote is read."""
+        self.dead.add(pid)
+        self.runs.look()
+        self.runs.bury()
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene()
+
+
+def test_a_run_that_ends_by_itself_is_none_of_the_tables_business(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.runs.ended(1)
+    scene.die(1)
+    scene.judge(1, "a", "FAILURE")
+    scene.runs.close()
+
+    assert scene.points == []
+
+
+@pytest.mark.parametrize("first", ["death", "verdict"])
+def test_a_killed_run_is_written_when_its_child_is_dead_and_celery_has_spoken(
+    scene: Scene, first: str
+) -> None:
+    scene.start(1, "a", ago=2)
+    steps = [lambda: scene.die(1), lambda: scene.judge(1, "a", "FAILURE")]
+    for step in steps if first == "death" else reversed(steps):
+        assert scene.points == []
+        step()
+    scene.runs.close()
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+    assert scene.runtimes == [pytest.approx(2, abs=0.2)]
+
+
+def test_an_end_that_comes_after_the_verdict_counts_and_the_verdict_does_not(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.judge(1, "a", "FAILURE", "TimeLimitExceeded")
+    scene.runs.ended(1)
+    scene.die(1)
+
+    assert scene.points == []
+
+
+def test_what_a_child_wrote_before_its_death_is_read_before_it_is_buried(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.judge(1, "a", "FAILURE")
+    scene.dead.add(1)
+    scene.runs.look()
+    scene.runs.ended(1)
+    scene.runs.bury()
+
+    assert scene.points == []
+
+
+def test_a_verdict_on_the_run_before_does_not_touch_the_one_under_way(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.runs.ended(1)
+    scene.start(1, "b")
+    scene.judge(1, "a", "FAILURE", "TimeLimitExceeded")
+    scene.die(1)
+    assert scene.points == []
+
+    scene.judge(1, "b", "FAILURE")
+
+    assert scene.points == [("FAILURE", LOST, "b")]
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen dead", "not seen dead yet"])
+def test_a_task_that_starts_again_in_another_child_was_retried(scene: Scene, seen: bool) -> None:
+    scene.start(1, "a")
+    if seen:
+        scene.die(1)
+    else:
+        scene.dead.add(1)
+    scene.start(2, "a")
+    scene.runs.look()
+    scene.runs.bury()
+    assert scene.points == [("RETRY", LOST, "a")]
+
+    scene.judge(2, "a", "FAILURE")
+    scene.die(2)
+
+    assert scene.points == [("RETRY", LOST, "a"), ("FAILURE", LOST, "a")]
+
+
+def test_two_runs_of_one_task_at_once_each_have_their_own_end(scene: Scene) -> None:
+    """Redis gives a message out again that is not acknowledged in time."""
+    scene.start(1, "a")
+    scene.start(2, "a")
+    scene.runs.ended(1)
+    scene.judge(2, "a", "FAILURE")
+    scene.die(1)
+    scene.die(2)
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+
+
+def test_a_run_whose_child_the_pool_did_not_know_is_found_by_its_task(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.die(1)
+    scene.judge(0, "a", "REVOKED", None)
+
+    assert scene.points == [("REVOKED", None, "a")]
+
+
+def test_a_verdict_on_a_task_that_never_started_is_its_only_point(scene: Scene) -> None:
+    scene.judge(1, "a", "REVOKED", None)
+    scene.die(1)
+    scene.runs.close()
+
+    assert scene.points == [("REVOKED", None, "a")]
+    assert scene.runtimes == [None]
+
+
+def test_a_run_of_which_celery_says_nothing_is_lost_after_a_while(scene: Scene) -> None:
+    scene.runs.PATIENCE = 0.05
+    scene.start(1, "a")
+    scene.die(1)
+    assert scene.points == []
+
+    wait_for(lambda: scene.runs.look() or scene.points, 5)
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+    assert scene.runs.wait is None
+
+
+def test_at_the_workers_end_what_still_runs_is_lost_or_goes_back_to_its_queue(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.start(2, "b", goes_back=True)
+    scene.start(3, "c")
+    scene.judge(3, "c", "REVOKED", None)
+
+    scene.runs.close()
+
+    assert sorted(scene.points) == [
+        ("FAILURE", LOST, "a"),
+        ("RETRY", LOST, "b"),
+        ("REVOKED", None, "c"),
+    ]
+
+
+def test_the_reader_is_asked_to_look_only_while_something_may_die(scene: Scene) -> None:
+    assert scene.runs.wait is None
+    scene.start(1, "a")
+    assert scene.runs.wait is not None
+    scene.runs.ended(1)
+    assert scene.runs.wait is None
+    scene.start(1, "b")
+    scene.die(1)
+    assert scene.runs.wait is not None  # Celery has not spoken
+    scene.judge(1, "b", "FAILURE")
+    assert scene.runs.wait is None
+
+
+def test_the_table_does_not_grow_with_the_children_that_come_and_go(scene: Scene) -> None:
+    scene.runs.MOST_DEAD = 10
+    for pid in range(1, 1_000):
+        scene.start(pid, f"task {pid}")
+        if pid % 2:
+            scene.runs.ended(pid)
+        scene.die(pid)
+
+    assert len(scene.runs._living) == 0
+    assert len(scene.runs._dead) <= 10
+    assert len(scene.points) >= 490
+
+
+def test_names_that_are_no_plain_strings_are_taken_as_what_they_say(scene: Scene) -> None:
+    class Name(str):
+        __slots__ = ()
+
+    scene.runs.started(start_frame(Name("a"), 1, {**TAGS, "id": Name("a")}, FIELDS, False))
+    scene.runs.close()
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+
+
+def test_a_child_has_ended_whether_or_not_its_pool_has_waited_for_it() -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(3)
+    os.close(reader)
+    assert not has_ended(pid)
+
+    os.close(writer)
+    wait_for(lambda: has_ended(pid), 10)
+    # It was left to be waited for.
+    assert os.waitpid(pid, 0) == (pid, 3 << 8)
+
+    assert has_ended(pid)
