@@ -22,7 +22,7 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point, Precision
 from celery_influx.report import Report
 from celery_influx.stamps import Stamps
-from celery_influx.transports import Transport, open_transport
+from celery_influx.transports import Transport, load, open_transport
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
@@ -273,9 +273,7 @@ class Database:
                     f"{self.name}: no HTTP API, since 'http_port' is 0; expected a port, 8086 for "
                     "instance; ping, query and post need it"
                 )
-            from celery_influx.transports.http import HTTPClient
-
-            self._http = HTTPClient(self.options)
+            self._http = load("celery_influx.transports.http").HTTPClient(self.options)
         return self._http
 
     # -- this process ----------------------------------------------------------------------------

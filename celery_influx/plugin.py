@@ -29,7 +29,6 @@ from celery_influx.relay import START, VERDICT, Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, Stamps
 from celery_influx.timing import Timer
-from celery_influx.timing import begin_anew as begin_timing_anew
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
@@ -441,7 +440,6 @@ def _before_exit(close: Callable[[], object]) -> None:
 
 
 def _after_fork() -> None:
-    begin_timing_anew()
     for influx in _installed:
         influx.after_fork()
 

@@ -239,6 +239,9 @@ class Relay:
         runs = self._runs
         poll = select.poll()
         poll.register(self._read_fd, select.POLLIN)
+        # os.read() would take so much memory for each read and give back most of it, which leaves
+        # the heap in pieces: 12 MiB more, measured.
+        room = memoryview(bytearray(_READ))
         rest = b""
         while self._reader is me:
             self._guarded(runs.look)
@@ -247,7 +250,7 @@ class Relay:
             try:
                 data = b""
                 if wait is None or poll.poll(wait * 1_000):
-                    data = os.read(self._read_fd, _READ)
+                    data = bytes(room[: os.readv(self._read_fd, [room])])
                     if not data:
                         return
             except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 _report: Report
 
 
-def begin_anew() -> None:
+def _begin_anew() -> None:
     """At import, and in a forked child: a lock of the parent's may be held for ever."""
     global _report  # noqa: PLW0603 - the one thing this module keeps
     _report = Report(logging.getLogger(__name__))
 
 
-begin_anew()
+_begin_anew()
+# By itself: `timed` is used, and warns, where no app has the plugin.
+os.register_at_fork(after_in_child=_begin_anew)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

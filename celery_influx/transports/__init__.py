@@ -5,8 +5,12 @@ A transport makes one attempt and says what came of it; ``delivery`` decides the
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from celery_influx.options import DatabaseOptions
@@ -45,5 +49,25 @@ class Transport(Protocol):
 
 def open_transport(options: DatabaseOptions) -> Transport:
     """The transport that ``options`` name. Opens no socket yet."""
+    load("encodings.idna")  # the first look-up of a host name needs it
     module, _, name = TRANSPORTS[options.transport].partition(":")
-    return cast("Transport", getattr(import_module(module), name)(options))
+    return cast("Transport", getattr(load(module), name)(options))
+
+
+def load(module: str) -> ModuleType:
+    """Import ``module`` now, if it is not there, and let nobody fork meanwhile.
+
+    A fork in the middle of another thread's import leaves the child with a module that is locked
+    for ever: whoever imports it there hangs, in ``send_data`` even.
+    """
+    with _importing():
+        return import_module(module)
+
+
+@functools.cache
+def _importing() -> Any:
+    lock = threading.RLock()
+    os.register_at_fork(
+        before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+    )
+    return lock

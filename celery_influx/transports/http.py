@@ -26,6 +26,7 @@ from celery_influx.queries import (
     parse_json,
     require_read_only,
 )
+from celery_influx.transports import load as load_module
 from celery_influx.transports.answers import Answer, rejected_lines, retry_after, why
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _MEND = {
 
 def load() -> None:
     """Import requests now: 86 ms of CPU that a worker spends before it starts its threads."""
-    import requests  # noqa: F401
+    load_module("requests")
 
 
 class Ping(NamedTuple):
@@ -312,8 +313,7 @@ class HTTPClient:
         params: dict[str, str] | None = None,
         data: bytes | dict[str, str] | None = None,
     ) -> Answer:
-        import requests
-
+        requests = load_module("requests")
         seconds = self._options.http_timeout if timeout is None else timeout
         try:
             response = self._opened().request(
@@ -339,11 +339,9 @@ class HTTPClient:
         if opened and opened[0] == os.getpid():
             return opened[1]
         self.abandon()
-        from http.cookiejar import DefaultCookiePolicy
+        session: requests.Session = load_module("requests").Session()
+        from http.cookiejar import DefaultCookiePolicy  # requests has imported it
 
-        import requests
-
-        session = requests.Session()
         session.auth = _Credentials(self._options)
         session.headers["User-Agent"] = "celery_influx"
         session.trust_env = not _loopback(self._options.host)
