@@ -54,6 +54,7 @@ class Batcher:
         self._settled = buffer.taken
         self._failed = 0  # of these, the ones that did not go out
         self._deadline: float | None = None  # set by close: when to stop, however much waits
+        self._last = 0  # and the line to stop at, since other threads may send for ever
         self._thread = threading.Thread(target=self._run, name=f"celery_influx {name}", daemon=True)
         self._thread.start()
 
@@ -82,6 +83,7 @@ class Batcher:
     def finish(self, deadline: float) -> None:
         """Ask the thread to send what waits until ``deadline`` (``time.monotonic``), and to end."""
         if self._deadline is None:
+            self._last = self._buffer.put_lines
             self._deadline = deadline
         self._wanted.set()
 
@@ -98,6 +100,7 @@ class Batcher:
             logger.warning("%s: an attempt to send did not end within %.1f s", self._name, timeout)
         elif len(self._buffer):
             # Lines that came after the thread's last look.
+            self._last = self._buffer.put_lines
             self._drain()
         dropped = self._buffer.clear()
         self._counters[DROPPED] += dropped
@@ -119,6 +122,12 @@ class Batcher:
         """After ``close``: whether the thread is still in an attempt, and so in the transport."""
         return self._thread.is_alive()
 
+    def _is_over(self) -> bool:
+        if self._deadline is None:
+            return False
+        done = self._settled + self._buffer.dropped >= self._last
+        return done or time.monotonic() >= self._deadline
+
     def _run(self) -> None:
         while self._deadline is None:
             self._wanted.wait(self._flush_interval)
@@ -133,9 +142,9 @@ class Batcher:
             self._report.warn("close", "%s: closing failed", self._name, exc_info=True)
 
     def _drain(self) -> None:
-        """Send until nothing waits, or until the deadline of ``close``."""
+        """Send until nothing waits; in the end, until all is out that waited at ``close``."""
         more = True
-        while more and (self._deadline is None or time.monotonic() < self._deadline):
+        while more and not self._is_over():
             lines: list[bytes] = []
             too_long = sent = 0
             try:

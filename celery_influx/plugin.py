@@ -334,7 +334,7 @@ class Influx:
                     partial(relay.put_end, number) if relay else None,
                 )
             self._child_relay = relay
-            if self._forked and relay is None:
+            if relay is None and (self._forked or _is_child()):
                 _before_exit(self.close)
             self._settled = True
 
@@ -428,13 +428,20 @@ def _settings(app: Celery) -> dict[str, Any]:
     return found
 
 
-def _before_exit(close: Callable[[], object]) -> None:
-    """Where this process is a child of multiprocessing, or of Celery's own: ``close`` at its end.
+#: The two libraries whose processes end by ``os._exit``, and so without ``atexit``.
+_LIBRARIES = ("multiprocessing", "billiard")
 
-    These end by ``os._exit``, and so without ``atexit``.
-    """
-    for name in ("multiprocessing.util", "billiard.util"):
-        util = sys.modules.get(name)
+
+def _is_child() -> bool:
+    """Whether one of them has made this process, be it before our import."""
+    processes = (sys.modules.get(f"{name}.process") for name in _LIBRARIES)
+    return any(each and getattr(each.current_process(), "_parent_pid", None) for each in processes)
+
+
+def _before_exit(close: Callable[[], object]) -> None:
+    """Where one of them has made this process: ``close`` at its end."""
+    for name in _LIBRARIES:
+        util = sys.modules.get(f"{name}.util")
         if util:
             util.Finalize(None, close, exitpriority=0)
 

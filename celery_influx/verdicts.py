@@ -36,7 +36,7 @@ class _Watched(_Base):  # type: ignore[misc]
     _goes_back = False  # the message, to the queue; or the task, as a retry
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
-        """The pool failed: the child died, for instance. Or the child says that the task did."""
+        """The pool failed: a child died, or a hard time limit. Or the child says the task did."""
         # What a child has said of the task it has also said to us.
         told = kwargs.get("return_ok") or (len(args) > 1 and args[1])
         told = told or self._already_cancelled or self._already_revoked
@@ -54,14 +54,6 @@ class _Watched(_Base):  # type: ignore[misc]
             return
         lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
         self._judge_failure(LOST if lost else type(error).__name__)
-
-    def on_timeout(self, soft: bool, timeout: float) -> None:
-        """A time limit was exceeded; after a hard one the child is killed."""
-        try:
-            super().on_timeout(soft, timeout)
-        finally:
-            if not soft:
-                self._judge_failure("TimeLimitExceeded")
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """The task was revoked: its child is killed, if it was seen to have it."""

@@ -1,0 +1,222 @@
+"""Every kind of process that has no worker, or is none of its pool: as a script, or from tasks.
+
+As a script: ``python -m tests.integration.apps.processes KIND``; one function for each kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import billiard.pool
+from celery import signals
+
+import celery_influx
+from tests.integration.apps.base import make_app, store
+
+app = make_app(
+    "processes",
+    beat_schedule={"tick": {"task": "processes.work", "schedule": 0.1, "args": [0.0]}},
+    beat_max_loop_interval=0.1,
+)
+influx = celery_influx.install(app)
+
+# At a restart of the pool a child may wait for so many tenths of a second, 300 by default, until
+# its results are taken.
+billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 10
+
+#: Of each child that is no pool child; of the script itself, three times; of beat.
+POINTS = 500
+CHILDREN = 2
+
+
+def send(measurement: str, points: int) -> None:
+    """Send points that say who made them."""
+    for number in range(points):
+        influx.send_data(
+            {"measurement": measurement, "tags": {"pid": os.getpid()}, "fields": {"number": number}}
+        )
+
+
+def child(_: object = None) -> int:
+    """What a child does."""
+    send("child", POINTS)
+    return os.getpid()
+
+
+def _run_children(method: str) -> list[int | None]:
+    """Two children by ``multiprocessing``, to their end; their exit codes."""
+    context = multiprocessing.get_context(method)
+    children = [context.Process(target=child) for _ in range(CHILDREN)]
+    for each in children:
+        each.start()
+    for each in children:
+        each.join()
+    return [each.exitcode for each in children]
+
+
+# -- a worker's tasks ------------------------------------------------------------------------------
+
+
+@app.task(name="processes.work", ignore_result=True)
+def work(seconds: float) -> None:
+    """Send five points of one series, whichever the pool child is; count them."""
+    for number in range(5):
+        influx.send_data({"measurement": "work", "fields": {"number": number, "pid": os.getpid()}})
+    time.sleep(seconds)
+    with store().pipeline(transaction=False) as pipe:
+        pipe.incrby("points", 5)
+        pipe.incr("works")
+        pipe.sadd("pids", os.getpid())
+        pipe.execute()
+
+
+@app.task(name="processes.start_children")
+def start_children(method: str) -> list[int | None]:
+    """Start children, with a line of this process's own before and after."""
+    send("parent", 1)
+    # The pool's children are daemons, which multiprocessing lets have none, and billiard's key
+    # cannot be handed on; so people do this.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["authkey"] = (  # type: ignore[attr-defined]
+        multiprocessing.process.AuthenticationString(b"key")  # type: ignore[attr-defined]
+    )
+    codes = _run_children(method)
+    send("parent", 1)
+    return codes
+
+
+@app.task(name="processes.start_program")
+def start_program() -> tuple[int, str, str]:
+    """Run this module as a program that inherits all that it can; what files it had."""
+    send("parent", 1)
+    command = [sys.executable, "-m", "tests.integration.apps.processes", "plain"]
+    run = subprocess.run(command, close_fds=False, capture_output=True, text=True, check=False)
+    relay = influx._worker.relay if influx._worker else None
+    pipe = f"pipe:[{relay._pipe[1]}]" if relay else "none"
+    return run.returncode, run.stdout + run.stderr, pipe
+
+
+# -- beat ------------------------------------------------------------------------------------------
+
+
+@signals.beat_init.connect(weak=False)
+def _send_from_beat(**_: object) -> None:
+    threading.Thread(target=_stream, daemon=True).start()
+
+
+def _stream() -> None:
+    send("beat", POINTS)
+    store().set("beat has sent", 1)
+
+
+# -- scripts ---------------------------------------------------------------------------------------
+
+
+def plain() -> None:
+    """Say which pipes are open, send, end."""
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that was open for this list
+            print(each.readlink())
+    send("child", POINTS)
+
+
+def _busy_parent() -> None:
+    """Have a thread and a connection, and lines that wait."""
+    send("parent", POINTS)
+    influx.flush(5)
+    send("parent", POINTS)
+
+
+def fork() -> None:
+    """multiprocessing.Process, by fork."""
+    _busy_parent()
+    codes = _run_children("fork")
+    send("parent", POINTS)
+    sys.exit(str(codes) if any(codes) else 0)
+
+
+def spawn() -> None:
+    """multiprocessing.Process, by spawn."""
+    _busy_parent()
+    codes = _run_children("spawn")
+    send("parent", POINTS)
+    sys.exit(str(codes) if any(codes) else 0)
+
+
+def forkserver() -> None:
+    """multiprocessing.Process, by a server that forks."""
+    _busy_parent()
+    codes = _run_children("forkserver")
+    send("parent", POINTS)
+    sys.exit(str(codes) if any(codes) else 0)
+
+
+def pool() -> None:
+    """multiprocessing.Pool, closed and joined: ``with`` would end its children by SIGTERM."""
+    _busy_parent()
+    workers = multiprocessing.get_context("fork").Pool(CHILDREN)
+    workers.map(child, range(CHILDREN), chunksize=1)
+    workers.close()
+    workers.join()
+    send("parent", POINTS)
+
+
+def executor() -> None:
+    """concurrent.futures."""
+    _busy_parent()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(CHILDREN, mp_context=context) as workers:
+        list(workers.map(child, range(CHILDREN)))
+    send("parent", POINTS)
+
+
+def daemon() -> None:
+    """Become a daemon as Stevens has it, in the middle of sending; write into files meanwhile."""
+    _busy_parent()
+    for _ in range(2):
+        if os.fork():
+            sys.exit(0)  # what waits in the first parent is its own to send
+        os.setsid()
+    os.closerange(0, 1024)
+    # These get the numbers that the parent's connection, and its log, had.
+    with contextlib.ExitStack() as files:
+        for number in range(16):
+            path = Path(os.environ["FOLDER"], f"file{number}")
+            files.enter_context(path.open("w")).write("mine")
+        child()
+        influx.flush(5)
+        child()
+    Path(os.environ["FOLDER"], "pid").write_text(str(os.getpid()))
+
+
+def threads() -> None:
+    """End while four threads are sending: each counts in a file what was accepted."""
+    path = Path(os.environ["FOLDER"], "counts")
+    path.write_bytes(bytes(64))
+    with path.open("r+b") as file:
+        counts = memoryview(mmap.mmap(file.fileno(), 64)).cast("Q")
+
+    def stream(row: int) -> None:
+        while True:
+            send("thread", 1)
+            counts[row] += 1
+            time.sleep(0.0002)
+
+    for row in range(4):
+        threading.Thread(target=stream, args=(row,), daemon=True).start()
+    while sum(counts) < 5_000:
+        time.sleep(0.01)
+    counts[7] = sum(counts[:4])
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
