@@ -268,6 +268,9 @@ def test_each_run_has_one_point_that_says_how_it_ended(
         assert point["retries"] == (points.index(point) if name == "retry" else 0)
     if row.runtime:
         assert points[0]["runtime"] == pytest.approx(row.runtime, abs=0.2)
+    for start, point in zip(began, points, strict=False):
+        # Soon, and not when the worker gave up on hearing from Celery what became of the run.
+        assert point["time"] / 1e9 - start - point["runtime"] < 10
 
 
 def states(points: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
