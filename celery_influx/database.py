@@ -206,8 +206,9 @@ class Database:
         with self._starting:
             batcher, self._batcher = self._batcher, None
             self._closing = self._closing or batcher is not None
-        if self._http:
-            self._http.close()
+        client, self._http = self._http, None
+        if client:
+            client.close()
         if batcher is None:
             return True
         try:
@@ -215,8 +216,9 @@ class Database:
         finally:
             with self._starting:
                 self._closing = False
-                if batcher.hangs():
-                    self._transport = None  # it belongs to the thread that hangs in it
+                # It is closed, or belongs to the thread that hangs in it; `begin_anew` would
+                # keep it for ever, one for each start of a worker in this process.
+                self._transport = None
                 if len(self._buffer):
                     self._start()  # for what came after its last look
 
@@ -345,7 +347,7 @@ class Database:
         if self._transport:
             self._transport.abandon()
         # Kept, for their finalisers would close file numbers that may be others' by then.
-        self._retired += [self._transport, self._http]
+        self._retired += filter(None, (self._transport, self._http))
         self._transport = self._http = None
         self._forget()
 

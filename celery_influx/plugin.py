@@ -19,6 +19,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.local import Proxy
 from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 
+from celery_influx.batcher import is_green
 from celery_influx.counters import DROPPED, Counters
 from celery_influx.database import Database
 from celery_influx.errors import ConfigError
@@ -29,6 +30,7 @@ from celery_influx.relay import START, VERDICT, Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, Stamps
 from celery_influx.timing import Timer
+from celery_influx.transports import load as load_module
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
@@ -63,8 +65,15 @@ def install(app: Celery) -> Influx:
         os.register_at_fork(after_in_child=_after_fork)
         atexit.register(_at_exit)
         signals.connect()
+        if is_green():
+            load_module("requests")  # later it would stop the hub for as long
     _installed.append(influx)
     return influx
+
+
+def installed() -> tuple[Influx, ...]:
+    """The plugins of all apps of this process."""
+    return tuple(_installed)
 
 
 def find(app: Celery | None) -> Influx | None:
@@ -231,6 +240,11 @@ class Influx:
         if self._child_relay:
             frame = start_frame(run_id, time.time_ns(), tags, fields, goes_back)
             self._child_relay.put(0, frame, START)
+
+    def leave_pool(self) -> None:
+        """In a pool child that ends in peace: hand over what the worker could not take before."""
+        if self._child_relay:
+            self._child_relay.put_owed(self.options.shutdown_timeout)
 
     def write_run(self, tags: dict[str, str], fields: dict[str, Any]) -> None:
         """Write the point of a run, that nobody was told of."""

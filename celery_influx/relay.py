@@ -89,6 +89,7 @@ class Relay:
                 logger.debug("the relay's pipe cannot have %d bytes", capacity)
         self._serials = itertools.count(1)
         self._impatient = False
+        self._owed = b""  # the frame of a run's end
         self._parts: dict[tuple[int, int], tuple[int, list[bytes]]] = {}
         self._synced = 0
         self._read_all = threading.Condition()
@@ -164,15 +165,34 @@ class Relay:
         full, and not at all after something was dropped, until one gets through again. Never
         raises, whatever became of the worker.
         """
+        patience = 0.0 if self._impatient else self.PATIENCE
+        if self._owed and not self.put_owed(patience):
+            return False
         if len(body) <= _LONGEST:
-            frame = _HEADER.pack(len(body), kind, database) + body
-            return self._write(frame, 0.0 if self._impatient else self.PATIENCE)
+            return self._write(_HEADER.pack(len(body), kind, database) + body, patience)
         return self._put_parts(database, body, kind)
 
     def put_end(self, database: int, line: bytes) -> bool:
-        """Write that the run in this process has ended, and with it the line of its point."""
+        """Write that the run in this process has ended, and with it the line of its point.
+
+        Where the pipe is full this one frame is kept, and written before the next one: without it
+        the worker would take a run that ended for one that was killed.
+        """
         self._impatient = False  # once for each run it is worth to wait
-        return self.put(database, _PID.pack(os.getpid()) + line, END)
+        body = _PID.pack(os.getpid()) + line
+        if self.put(database, body, END):
+            return True
+        if self._owed or len(body) > _LONGEST:
+            return False
+        self._owed = _HEADER.pack(len(body), END, database) + body
+        return True
+
+    def put_owed(self, patience: float) -> bool:
+        """Write the end that could not be written before, if there is one; whether it was."""
+        if self._owed and not self._write(self._owed, patience):
+            return False
+        self._owed = b""
+        return True
 
     def _put_parts(self, database: int, body: bytes, kind: int) -> bool:
         parts = [body[i : i + _LONGEST_PART] for i in range(0, len(body), _LONGEST_PART)]
@@ -246,7 +266,7 @@ class Relay:
         while self._reader is me:
             self._guarded(runs.look)
             broken = [key for key in self._parts if not _alive(key[0])]
-            wait = self._runs.INTERVAL if broken else runs.wait
+            wait = runs.INTERVAL if self._parts else runs.wait
             try:
                 data = b""
                 if wait is None or poll.poll(wait * 1_000):

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from celery import Task, current_task, signals
 from celery.app.task import Context
-from celery.exceptions import Ignore, NotRegistered, Reject, Retry
+from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TimeLimitExceeded
 
 from celery_influx.counters import CLAMPED
-from celery_influx.plugin import Influx, find
+from celery_influx.plugin import Influx, find, installed
 
 #: Name of the one header: "1;<ns of this publish>;<ns of the first publish>". Flat, small and
 #: scalar; whoever does not know it can leave it alone, and so do we with another version's.
@@ -38,6 +38,7 @@ def connect() -> None:
         (signals.task_revoked, _on_revoked),
         (signals.task_unknown, _on_unknown),
         (signals.task_rejected, _on_rejected),
+        (signals.worker_process_shutdown, _on_child_end),
     ):
         signal.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
 
@@ -112,6 +113,8 @@ def _on_end(
         if run.influx.watches_runs and not isinstance(exception, Exception):
             return  # this child ends, and the worker knows why
         state = _STATES.get(type(exception), "FAILURE")
+        if run.influx.is_green and not isinstance(exception, Exception):
+            state, exception = _GREEN.get(type(exception).__name__, (state, exception))
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
     fields = {"runtime": clock - run.clock, **run.fields}
@@ -126,6 +129,13 @@ def _on_end(
 
 #: What a task says of its run by raising it.
 _STATES = {Retry: "RETRY", Ignore: "IGNORED", Reject: "REJECTED"}
+
+#: What is raised in a greenlet to end it, by name, for its library need not be installed: by a
+#: revoke that terminates; and by gevent's pool at a hard time limit.
+_GREEN: dict[str, tuple[str, BaseException | None]] = {
+    "GreenletExit": ("REVOKED", None),
+    "Timeout": ("FAILURE", TimeLimitExceeded()),
+}
 
 
 def _raised() -> BaseException | None:
@@ -192,6 +202,11 @@ def _write_unstarted(
 ) -> None:
     tags, fields = tags_and_fields(influx, name, request, retries)
     influx.write_run(_ended(tags, state, exception), fields)
+
+
+def _on_child_end(**_: Any) -> None:
+    for influx in installed():
+        influx.leave_pool()
 
 
 def _add_wait(fields: dict[str, Any], influx: Influx, request: Context, began: int) -> None:

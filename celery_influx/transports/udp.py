@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-import select
+import selectors
 import socket
 import time
 from collections.abc import Callable
@@ -130,10 +130,11 @@ class UDPPool:
         try:
             sock.send(payload)
         except BlockingIOError:
-            poll = select.poll()
-            poll.register(sock, select.POLLOUT)
-            if not poll.poll(self.SEND_TIMEOUT * 1000):
-                raise
+            # Not select.poll: eventlet takes it away. This is cooperative there and with gevent.
+            with selectors.DefaultSelector() as selector:
+                selector.register(sock, selectors.EVENT_WRITE)
+                if not selector.select(self.SEND_TIMEOUT):
+                    raise
             sock.send(payload)
 
     def probe(self) -> None:

@@ -157,7 +157,7 @@ class Running:
         """The ``celery_task`` points of these tasks' runs, as soon as there are so many."""
 
         def enough() -> list[dict[str, Any]]:
-            found = [row for row in self.rows("celery_task") if row["id"] in ids]
+            found = [row for row in self.rows("celery_task") if row.get("id") in ids]
             return found if len(found) >= at_least else []
 
         found = wait_for(enough, 20, f"{at_least} points of {ids}")

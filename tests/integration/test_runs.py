@@ -57,7 +57,7 @@ class Bench:
     def points(self, task_id: str) -> list[dict[str, Any]]:
         """The points of the task's runs."""
         rows = self.influxd.rows("celery_task", self.database)
-        return [row for row in rows if row["id"] == task_id]
+        return [row for row in rows if row.get("id") == task_id]
 
 
 def sent(*args: Any, **options: Any) -> Callable[[Bench], str]:
@@ -310,7 +310,7 @@ def wait_for_rest(bench: Bench, ids: list[str]) -> list[float]:
 
     def failed() -> bool:
         rows = bench.influxd.rows("celery_task", bench.database)
-        return {row["id"] for row in rows if row["state"] == "FAILURE"} >= set(ids)
+        return {row.get("id") for row in rows if row["state"] == "FAILURE"} >= set(ids)
 
     wait_for(failed, 60, "each task has failed")
     return [began for task_id in ids for began in bench.began(task_id)]

@@ -1,0 +1,78 @@
+"""Tasks that send numbered points, and note in Redis each that ``send_data`` returned from."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from typing import Any
+
+from celery import Task
+
+import celery_influx
+from tests.integration.apps.base import make_app, store
+
+app = make_app("ends", worker_prefetch_multiplier=1)
+influx = celery_influx.install(app)
+_PR_SET_PDEATHSIG = 1
+
+
+@app.task(name="ends.stream", bind=True, ignore_result=True)
+def stream(self: Task, first: int, seconds: float) -> None:
+    """Send a point about every 2 ms for so long, numbered from ``first``."""
+    store().rpush("starts", f"{self.request.id} {os.getpid()}")
+    until = time.monotonic() + seconds
+    serial = first
+    while time.monotonic() < until:
+        influx.send_data({"measurement": "custom", "fields": {"serial": serial}})
+        store().rpush("accepted", f"{serial} {time.time()}")
+        serial += 1
+        time.sleep(0.001)
+
+
+@app.task(name="ends.burst", ignore_result=True)
+def burst(first: int, points: int) -> None:
+    """Send points as fast as it goes, and stay: to be killed right after."""
+    for serial in range(first, first + points):
+        influx.send_data({"measurement": "custom", "fields": {"serial": serial, "t": "x" * 50}})
+    store().set("burst", os.getpid())
+    time.sleep(20)
+
+
+@app.task(name="ends.alone", ignore_result=True)
+def alone(points: int, worker_dies: bool) -> None:
+    """Send points while nobody reads them any more; write down how that went.
+
+    The worker is gone for good, or is only not running until this is done.
+    """
+    if worker_dies:
+        # Billiard has the kernel end a child with its worker: not this one.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    worker = os.getppid()
+    store().set("alone", os.getpid())
+    found: dict[str, Any] = {"slowest": 0.0, "failed": ""}
+    try:
+        while os.getppid() == worker and not store().get("go"):
+            time.sleep(0.005)
+        before = influx.stats()["main"]
+        for number in range(points):
+            # Each fiftieth is longer than one write to the worker may be.
+            text = "x" * (9_000 if number % 50 == 0 else 400)
+            began = time.perf_counter()
+            influx.send_data({"measurement": "custom", "fields": {"serial": number, "text": text}})
+            found["slowest"] = max(found["slowest"], time.perf_counter() - began)
+        after = influx.stats()["main"]
+        found["points"] = after["points"] - before["points"]
+        found["dropped"] = after["dropped"] - before["dropped"]
+        began = time.perf_counter()
+        found["flushed"] = str(influx.flush(0.5))
+        found["flush"] = time.perf_counter() - began
+    except BaseException as error:
+        found["failed"] = repr(error)
+        raise
+    finally:
+        store().hset("found", mapping=found)
+        if worker_dies:
+            os._exit(0)
+    while not store().get("end"):
+        time.sleep(0.01)

@@ -1,0 +1,99 @@
+"""One process in which a worker starts and stops many times: what it leaves behind.
+
+Arguments: how many times. The pool is solo, the broker in memory. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from celery.worker import state
+
+import celery_influx
+from tests.integration.apps.base import make_app
+
+app = make_app(
+    "restarts",
+    worker_redirect_stdouts=False,
+    broker_transport_options={"polling_interval": 0.01},
+)
+influx = celery_influx.install(app)
+WARM_UP = 20
+OURS = "celery_influx"
+
+
+@app.task(name="restarts.last", ignore_result=True)
+def last() -> None:
+    """Send a point, and have the worker stop when this has ended."""
+    influx.send_data({"measurement": "custom", "fields": {"number": 1}})
+    state.should_stop = 0
+
+
+def run_worker() -> None:
+    """A whole worker, from its blueprint to its end."""
+    state.should_stop = None
+    last.delay()
+    last.delay()  # having been told to stop, Celery's loop waits 2 s for one more message
+    alone = {"without_mingle": True, "without_gossip": True, "without_heartbeat": True}
+    worker = app.Worker(pool="solo", hostname="again@test", loglevel="ERROR", quiet=True, **alone)
+    try:
+        worker.start()
+    except SystemExit:
+        pass
+    assert influx.stats()["main"]["queued"] == 0
+
+
+def run_plugin() -> None:
+    """What the worker's step does with the plugin for a pool of processes."""
+    influx.start_worker("again@test", "prefork")
+    influx.start()
+    influx.send_data({"measurement": "custom", "fields": {"number": 1}})
+    assert influx.relayed(5)
+    assert influx.close(5)
+
+
+def left_behind() -> dict[str, Any]:
+    """Threads, files, objects and bytes of memory of ours that are there now."""
+    gc.collect()
+    files = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own
+            files.append(str(link.readlink()).partition(":")[0])
+    found = {
+        "threads": sorted(t.name for t in threading.enumerate() if "celery_influx" in t.name),
+        "all_threads": threading.active_count(),
+        "files": sorted(files),
+        # By type and not by isinstance, which would wake the proxies among them.
+        "objects": sum(str(type(each).__module__).startswith(OURS) for each in gc.get_objects()),
+    }
+    if tracemalloc.is_tracing():
+        statistics = tracemalloc.take_snapshot().statistics("filename")
+        ours = f"{os.sep}{OURS}{os.sep}"
+        found["bytes"] = sum(s.size for s in statistics if ours in s.traceback[0].filename)
+    return found
+
+
+def measure(run: Callable[[], None], times: int) -> list[dict[str, Any]]:
+    """What is left behind after the first few runs, and after all."""
+    for number in range(times):
+        run()
+        if number + 1 == WARM_UP:
+            early = left_behind()
+    return [early, left_behind()]
+
+
+if __name__ == "__main__":
+    times = int(sys.argv[1])
+    result = {"worker": measure(run_worker, times)}
+    tracemalloc.start()  # too slow for the whole of Celery
+    result["plugin"] = measure(run_plugin, times)
+    print(json.dumps(result))

@@ -1,0 +1,330 @@
+"""How processes end: what is kept, what is counted, and how long it takes.
+
+Real workers, Redis and influxd. Each point carries its number, and tasks note in Redis each that
+``send_data`` returned from: so a missing point shows, and so does one that was stored twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery.app.defaults import NAMESPACES
+
+from celery_influx.listener import Listener
+from tests.integration.worker import Worker, alive, environment, publisher
+from tests.servers import Influxd, Redis, wait_for
+
+POOLS = ["prefork", "threads", "solo"]
+#: Celery 5.5 and later: a cold shutdown first waits so long for the running tasks.
+HAS_SOFT_SHUTDOWN = "soft_shutdown_timeout" in NAMESPACES["worker"]
+SOFT = {"worker_soft_shutdown_timeout": 0.3} if HAS_SOFT_SHUTDOWN else {}
+#: Seconds; and there is one attempt at a time.
+FLUSH_INTERVAL, HTTP_TIMEOUT = 0.1, 0.5
+
+
+@pytest.fixture
+def broker(redis_server: Redis) -> str:
+    """URL of an empty Redis."""
+    redis.Redis.from_url(redis_server.url).flushdb()
+    return redis_server.url
+
+
+class Scene:
+    """A worker with the app ``ends``, the tasks' notes, and what is stored of their points."""
+
+    def __init__(self, influxd: Influxd, database: str, broker: str, folder: Path) -> None:
+        self.store = redis.Redis.from_url(broker, decode_responses=True)
+        self.url = f"http://127.0.0.1:{influxd.http_port}/{database}"
+        self._influxd = influxd
+        self._database = database
+        self._broker = broker
+        self._folder = folder
+        self._sender = publisher(broker)
+
+    def worker(self, pool: str, url: str = "", **config: Any) -> Worker:
+        """A worker of ``pool`` that sends to ``url``, or else to influxd."""
+        limits = f"flush_interval={FLUSH_INTERVAL}&http_timeout={HTTP_TIMEOUT}"
+        config = {"influx_databases": {"main": url or f"{self.url}?{limits}"}, **config}
+        return Worker(self._folder, "ends", self._broker, config, pool=pool, level="warning")
+
+    def stream(self, pool: str, seconds: float) -> None:
+        """Have tasks send points for so long; return as soon as all that can run do."""
+        running = 1 if pool == "solo" else 2
+        for number in range(running):
+            self.send("stream", number * 1_000_000, seconds)
+        wait_for(lambda: len(self.starts()) == running, 20, "the tasks run")
+        wait_for(lambda: self.store.llen("accepted") >= 60, 20, "they send points")
+
+    def send(self, name: str, *args: Any) -> None:
+        """Send a task."""
+        self._sender.send_task(f"ends.{name}", args, ignore_result=True)
+
+    def starts(self) -> list[str]:
+        """Task id and pid of each start of a task's body."""
+        return self.store.lrange("starts", 0, -1)  # type: ignore[return-value]
+
+    def accepted(self, until: float = 2e9) -> set[int]:
+        """The numbers of the points that ``send_data`` returned from before that moment."""
+        notes = [each.split() for each in self.store.lrange("accepted", 0, -1)]  # type: ignore[union-attr]
+        return {int(serial) for serial, when in notes if float(when) < until}
+
+    def stored(self, at_least: int = 0) -> list[int]:
+        """The numbers of the points that InfluxDB has, as soon as there are so many."""
+
+        def count() -> int:
+            return self._influxd.count("custom", "serial", self._database)
+
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: count() >= at_least, 5)
+        return [row["serial"] for row in self._influxd.rows("custom", self._database)]
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The ``celery_task`` points."""
+        return self._influxd.rows("celery_task", self._database)
+
+    def close(self) -> None:
+        """Close the connection to the broker."""
+        self._sender.close()
+
+
+@pytest.fixture
+def scene(influxd: Influxd, database: str, broker: str, tmp_path: Path) -> Iterator[Scene]:
+    """An empty database and an empty broker."""
+    found = Scene(influxd, database, broker, tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def black_hole() -> Iterator[int]:
+    """The port of a TCP server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        yield listener.getsockname()[1]
+
+
+soft = pytest.mark.skipif(not HAS_SOFT_SHUTDOWN, reason="soft shutdowns came with Celery 5.5")
+#: How a worker is told to end: signals, and the seconds between them.
+ENDS = {
+    "warm": [signal.SIGTERM],
+    "cold": [signal.SIGQUIT],
+    "soft": [signal.SIGQUIT],
+    "warm-then-soft": [signal.SIGTERM, signal.SIGQUIT],
+}
+
+
+def end(worker: Worker, how: str) -> tuple[int, float]:
+    """End ``worker``: its exit code, and how long that took."""
+    began = time.monotonic()
+    *first, last = ENDS[how]
+    for number in first:
+        os.kill(worker.pid(), number)
+        time.sleep(0.2)  # the second one is for a worker that is about to end
+    code = worker.stop(last)
+    return code, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("how", "pool"),
+    [
+        *((how, pool) for how in ("warm", "cold") for pool in POOLS),
+        # Solo looks for signals between tasks only.
+        *(
+            pytest.param(how, pool, marks=soft)
+            for how in ("soft", "warm-then-soft")
+            for pool in ("prefork", "threads")
+        ),
+    ],
+)
+def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(
+    how: str, pool: str, scene: Scene
+) -> None:
+    config = SOFT if "soft" in how else {}
+    # Nothing but the end makes it send.
+    url = f"{scene.url}?flush_interval=60"
+
+    with scene.worker(pool, url, **config) as worker:
+        scene.stream(pool, 1.0)
+        _, took = end(worker, how)
+        log = worker.log()
+
+    accepted = scene.accepted()
+    stored = scene.stored(len(accepted))
+    assert len(stored) == len(set(stored))
+    assert accepted <= set(stored)
+    # A task may be ended between a point and the note of it.
+    assert len(set(stored) - accepted) <= len(scene.starts())
+    # One for each start of a body, however it ended.
+    assert len([run for run in scene.runs() if run["runtime"] is not None]) == len(scene.starts())
+    assert took < 10
+    assert "lines could not be sent" not in log
+
+
+@pytest.mark.parametrize(
+    ("how", "pool", "timeout"),
+    [
+        ("warm", "prefork", 1.0),
+        ("warm", "threads", None),
+        ("cold", "prefork", 1.0),
+        ("cold", "solo", 1.0),
+    ],
+)
+def test_a_black_hole_delays_the_end_by_the_shutdown_timeout_and_its_last_line_counts_the_rest(
+    how: str, pool: str, timeout: float | None, scene: Scene, black_hole: int
+) -> None:
+    url = f"http://127.0.0.1:{black_hole}/x?flush_interval=0.1&http_timeout=60"
+    config = {} if timeout is None else {"influx_shutdown_timeout": timeout}
+
+    with scene.worker(pool, url, **config) as worker:
+        scene.stream(pool, 0.5)
+        _, took = end(worker, how)
+        log = worker.log()
+
+    limit = 5.0 if timeout is None else timeout
+    assert limit * 0.9 < took < limit + 6  # Celery's own part is long on a busy machine
+    said = re.findall(r"main: ([0-9]+) lines could not be sent within .* at the end", log)
+    ours = [line for line in log.splitlines() if "main: " in line]
+    assert len(said) == 1
+    assert f"main: {said[0]} lines could not be sent" in ours[-1]
+    accepted, starts = len(scene.accepted()), len(scene.starts())
+    # The tasks' own points are among them, and so is one that a task did not come to note.
+    assert accepted + starts <= int(said[0]) <= accepted + 2 * starts
+
+
+def test_a_killed_child_loses_no_point_that_was_accepted(scene: Scene) -> None:
+    with scene.worker("prefork") as worker:
+        scene.stream("prefork", 1.5)
+        victim = int(scene.starts()[0].split()[1])
+        os.kill(victim, signal.SIGKILL)
+        # And one that is killed right after a burst, which the worker may not have read yet.
+        scene.send("burst", 5_000_000, 3_000)
+        wait_for(lambda: scene.store.get("burst"), 20, "the burst")
+        os.kill(int(str(scene.store.get("burst"))), signal.SIGKILL)
+        wait_for(lambda: len(scene.runs()) >= 3, 20, "a point for each of the three runs")
+        assert worker.stop() == 0
+        log = worker.log()
+
+    accepted = scene.accepted() | set(range(5_000_000, 5_003_000))
+    stored = scene.stored(len(accepted))
+    assert len(stored) == len(set(stored))
+    assert accepted <= set(stored)
+    assert len(set(stored) - accepted) <= 1
+    assert "dropped" not in log
+    states = sorted((run["state"], run["exception"]) for run in scene.runs())
+    assert states == [
+        ("FAILURE", "WorkerLostError"),
+        ("FAILURE", "WorkerLostError"),
+        ("SUCCESS", None),
+    ]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_killed_worker_loses_at_most_the_last_interval_and_one_attempt(
+    pool: str, scene: Scene
+) -> None:
+    with scene.worker(pool) as worker:
+        scene.stream(pool, 5.0)
+        children = worker.children()
+        began = time.time()
+        wait_for(lambda: time.time() > began + FLUSH_INTERVAL + HTTP_TIMEOUT + 0.3, 5)
+        killed = time.time()
+        worker.stop(signal.SIGKILL)
+        wait_for(lambda: not any(map(alive, children)), 5, "its children end with it")
+
+    promised = scene.accepted(until=killed - FLUSH_INTERVAL - HTTP_TIMEOUT)
+    stored = scene.stored(len(promised))
+    assert len(promised) >= 60
+    assert len(stored) == len(set(stored))
+    assert promised <= set(stored)
+
+
+def test_a_child_whose_worker_is_gone_goes_on_and_counts(scene: Scene) -> None:
+    with scene.worker("prefork") as worker:
+        scene.send("alone", 2_000, True)
+        wait_for(lambda: scene.store.get("alone"), 20, "the task runs")
+        pid = int(str(scene.store.get("alone")))
+        try:
+            worker.stop(signal.SIGKILL)
+            found = wait_for(lambda: scene.store.hgetall("found"), 20, "its account")
+            wait_for(lambda: not alive(pid), 5, "it ends")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    assert isinstance(found, dict)
+    assert found["failed"] == ""  # and it is no signal that ended it
+    assert float(found["slowest"]) < 0.25
+    assert int(found["points"]) == int(found["dropped"]) == 2_000
+    assert (found["flushed"], float(found["flush"]) < 1) == ("False", True)
+
+
+def test_a_child_whose_worker_stands_still_drops_and_counts_what_finds_no_room(
+    scene: Scene,
+) -> None:
+    points = 8_000  # of 500 bytes and more: several times as much as the pipe holds
+
+    with scene.worker("prefork") as worker:
+        scene.send("alone", points, False)
+        wait_for(lambda: scene.store.get("alone"), 20, "the task runs")
+        os.kill(worker.pid(), signal.SIGSTOP)
+        try:
+            scene.store.set("go", 1)
+            found = wait_for(lambda: scene.store.hgetall("found"), 20, "its account")
+        finally:
+            os.kill(worker.pid(), signal.SIGCONT)
+        assert isinstance(found, dict)
+        kept = points - int(found["dropped"])
+        wait_for(lambda: len(scene.stored()) >= kept - 5, 10, "what had found room is stored")
+        scene.store.set("end", 1)
+        wait_for(scene.runs, 10, "the run's point")
+        assert worker.stop() == 0
+
+    assert found["failed"] == ""
+    assert int(found["points"]) == points
+    assert points // 4 < int(found["dropped"]) < points - 500
+    # It waits for room once, and no more until a point gets through.
+    assert float(found["slowest"]) < 0.5
+    # A long line that was begun and not ended is found broken by the worker only later.
+    stored = scene.stored()
+    assert len(stored) == len(set(stored))
+    assert kept - 5 <= len(stored) <= kept
+
+
+def test_200_starts_and_stops_in_one_process_leave_nothing_behind() -> None:
+    with Listener() as listener:
+        url = f"http://127.0.0.1:{listener.http_port}/celery?flush_interval=60"
+        config = {"influx_databases": {"main": url}, "result_backend": "cache+memory://"}
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.integration.apps.restarts", "200"],
+            env=environment("memory://", config),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        lines = listener.received.lines
+
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    for kind in ("worker", "plugin"):
+        early, late = found[kind]
+        assert late["threads"] == []
+        assert late["all_threads"] == early["all_threads"]
+        assert late["files"] == early["files"]
+        assert late["objects"] <= early["objects"] + 20, kind
+    # A hundred bytes for each of 180 would show; what one cache or other keeps does not.
+    early, late = found["plugin"]
+    assert late["bytes"] < early["bytes"] + 12_000
+    # Two tasks and their two points for each worker, and one for each start of the plugin.
+    assert lines >= 200 * 3
