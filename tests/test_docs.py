@@ -91,6 +91,17 @@ def test_every_link_of_the_page_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_each_test_that_a_page_names_is_there() -> None:
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+
+    named = {
+        (page, name) for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())
+    }
+
+    assert len(named) > 20
+    assert [each for each in named if f"def {each[1]}(" not in tests] == []
+
+
 def test_the_reference_tables_are_what_the_code_says() -> None:
     done = subprocess.run(
         [sys.executable, "docs/tables.py", "--check"],
