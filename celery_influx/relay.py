@@ -189,9 +189,10 @@ class Relay:
 
     def put_owed(self, patience: float) -> bool:
         """Write the end that could not be written before, if there is one; whether it was."""
-        if self._owed and not self._write(self._owed, patience):
+        owed, self._owed = self._owed, b""  # at once: another thread must not write it, too
+        if owed and not self._write(owed, patience):
+            self._owed = owed
             return False
-        self._owed = b""
         return True
 
     def _put_parts(self, database: int, body: bytes, kind: int) -> bool:
