@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import redis
+from celery import Celery
 
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
+from tests.integration.worker import publisher
 from tests.servers import Influxd, Redis
 
 
@@ -39,6 +42,27 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     """One redis-server for the whole run."""
     with Redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+@pytest.fixture
+def broker(redis_server: Redis) -> str:
+    """URL of an empty Redis."""
+    redis.Redis.from_url(redis_server.url).flushdb()
+    return redis_server.url
+
+
+@pytest.fixture
+def store(broker: str) -> redis.Redis:
+    """Where the tasks of a test's workers count."""
+    return redis.Redis.from_url(broker, decode_responses=True)
+
+
+@pytest.fixture
+def sender(broker: str) -> Iterator[Celery]:
+    """A publisher without the plugin."""
+    app = publisher(broker)
+    yield app
+    app.close()
 
 
 _databases = iter(range(1_000_000))

@@ -25,19 +25,6 @@ NOTHING_GONE = {"dropped": 0, "lost": 0, "rejected": 0, "errors": 0, "left_out":
 
 
 @pytest.fixture
-def broker(redis_server: Redis) -> str:
-    """URL of an empty Redis."""
-    redis.Redis.from_url(redis_server.url).flushdb()
-    return redis_server.url
-
-
-@pytest.fixture
-def store(broker: str) -> redis.Redis:
-    """Where the tasks count."""
-    return redis.Redis.from_url(broker, decode_responses=True)
-
-
-@pytest.fixture
 def sender(broker: str) -> Iterator[Celery]:
     """A publisher with the plugin, in this process."""
     app = publisher(broker)

@@ -25,7 +25,7 @@ from celery.app.defaults import NAMESPACES
 
 from celery_influx.listener import Listener
 from tests.integration.worker import Worker, alive, environment, publisher
-from tests.servers import Influxd, Redis, wait_for
+from tests.servers import Influxd, wait_for
 
 POOLS = ["prefork", "threads", "solo"]
 #: Celery 5.5 and later: a cold shutdown first waits so long for the running tasks.
@@ -33,13 +33,6 @@ HAS_SOFT_SHUTDOWN = "soft_shutdown_timeout" in NAMESPACES["worker"]
 SOFT = {"worker_soft_shutdown_timeout": 0.3} if HAS_SOFT_SHUTDOWN else {}
 #: Seconds; and there is one attempt at a time.
 FLUSH_INTERVAL, HTTP_TIMEOUT = 0.1, 0.5
-
-
-@pytest.fixture
-def broker(redis_server: Redis) -> str:
-    """URL of an empty Redis."""
-    redis.Redis.from_url(redis_server.url).flushdb()
-    return redis_server.url
 
 
 class Scene:

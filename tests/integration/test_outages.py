@@ -32,27 +32,6 @@ from tests.servers import Influxd, Redis, free_port, wait_for
 
 
 @pytest.fixture
-def broker(redis_server: Redis) -> str:
-    """URL of an empty Redis."""
-    redis.Redis.from_url(redis_server.url).flushdb()
-    return redis_server.url
-
-
-@pytest.fixture
-def store(broker: str) -> redis.Redis:
-    """Where the tasks count."""
-    return redis.Redis.from_url(broker, decode_responses=True)
-
-
-@pytest.fixture
-def sender(broker: str) -> Iterator[Celery]:
-    """A publisher without the plugin."""
-    app = publisher(broker)
-    yield app
-    app.close()
-
-
-@pytest.fixture
 def black_hole() -> Iterator[int]:
     """The port of a TCP server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:

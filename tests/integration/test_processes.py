@@ -26,8 +26,8 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.integration.worker import Worker, alive, children, environment, publisher
-from tests.servers import Influxd, Redis, answers, free_port, wait_for
+from tests.integration.worker import Worker, alive, children, environment
+from tests.servers import Influxd, answers, free_port, wait_for
 
 # As in apps/processes.py.
 POINTS = 500
@@ -133,27 +133,6 @@ def config(tap: Tap, database: str) -> dict[str, object]:
     """Points go through the tap, and a line waits for the end of its process, or a full batch."""
     url = f"http://127.0.0.1:{tap.port}/{database}?flush_interval=60"
     return {"influx_databases": {"metrics": url}, "influx_task_points": False}
-
-
-@pytest.fixture
-def broker(redis_server: Redis) -> str:
-    """URL of an empty Redis."""
-    redis.Redis.from_url(redis_server.url).flushdb()
-    return redis_server.url
-
-
-@pytest.fixture
-def store(broker: str) -> redis.Redis:
-    """Where the processes count."""
-    return redis.Redis.from_url(broker, decode_responses=True)
-
-
-@pytest.fixture
-def sender(broker: str) -> Iterator[Celery]:
-    """A publisher without the plugin."""
-    app = publisher(broker)
-    yield app
-    app.close()
 
 
 def count(store: redis.Redis, key: str) -> int:

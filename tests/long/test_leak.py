@@ -9,7 +9,6 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.integration.worker import Worker, publisher, resident_kib, sending, stats
-from tests.servers import Influxd, Redis, wait_for
+from tests.integration.worker import Worker, resident_kib, sending, stats
+from tests.servers import Influxd, wait_for
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
@@ -43,27 +42,6 @@ SPREAD = 32
 #: How tasks end: the share of each kind, in tenths.
 KINDS = ["succeed"] * 4 + ["store", "fail", "retry", "retry", "ignore", "reject"]
 RUNS = {"retry": 2}
-
-
-@pytest.fixture
-def broker(redis_server: Redis) -> str:
-    """URL of an empty Redis."""
-    redis.Redis.from_url(redis_server.url).flushdb()
-    return redis_server.url
-
-
-@pytest.fixture
-def store(broker: str) -> redis.Redis:
-    """The broker's own Redis."""
-    return redis.Redis.from_url(broker, decode_responses=True)
-
-
-@pytest.fixture
-def sender(broker: str) -> Iterator[Celery]:
-    """A publisher without the plugin."""
-    app = publisher(broker)
-    yield app
-    app.close()
 
 
 class Messages:

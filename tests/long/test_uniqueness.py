@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,33 +20,12 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.integration.worker import Worker, children, environment, publisher, stats
-from tests.servers import Influxd, Redis, answers, free_port, wait_for
+from tests.integration.worker import Worker, children, environment, stats
+from tests.servers import Influxd, answers, free_port, wait_for
 
 POINTS = 100_000
 CHILDREN = 16
 WEB = 8
-
-
-@pytest.fixture
-def broker(redis_server: Redis) -> str:
-    """URL of an empty Redis."""
-    redis.Redis.from_url(redis_server.url).flushdb()
-    return redis_server.url
-
-
-@pytest.fixture
-def store(broker: str) -> redis.Redis:
-    """Where the processes meet, and count."""
-    return redis.Redis.from_url(broker, decode_responses=True)
-
-
-@pytest.fixture
-def sender(broker: str) -> Iterator[Celery]:
-    """A publisher without the plugin."""
-    app = publisher(broker)
-    yield app
-    app.close()
 
 
 @pytest.mark.timeout(900)

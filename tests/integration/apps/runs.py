@@ -21,10 +21,15 @@ class Broken(Exception):
     """What the task raises."""
 
 
-def _kill(number: int) -> None:
+def _kill(task: Task, number: int) -> None:
     time.sleep(0.3)  # else the pool may not have seen who took the task, and gives it out again
+    _note_end(task)
     os.kill(os.getpid(), number)
     time.sleep(10)  # not every signal has come by now
+
+
+def _note_end(task: Task) -> None:
+    store().rpush(f"ended {task.request.id}", time.time())
 
 
 def _end(task: Task, how: str, number: int) -> Any:
@@ -46,15 +51,18 @@ def _end(task: Task, how: str, number: int) -> Any:
     if how == "eager":
         run.apply(("succeed",), task_id=f"{task.request.id} eager")
     if how == "kill":
-        _kill(signal.SIGKILL)
+        _kill(task, signal.SIGKILL)
     if how == "kill at once":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "kill once" and number == 1:
-        _kill(signal.SIGKILL)
+        _kill(task, signal.SIGKILL)
     if how == "crash":
-        _kill(signal.SIGSEGV)
+        _kill(task, signal.SIGSEGV)
     if how.startswith("sleep"):
-        time.sleep(float(how.split()[1]))
+        try:
+            time.sleep(float(how.split()[1]))
+        finally:
+            _note_end(task)
     if how == "point and kill":
         influx.send_data({"measurement": "last", "fields": {"id": task.request.id}})
         os.kill(os.getpid(), signal.SIGKILL)
@@ -103,7 +111,8 @@ def canvas(self: Task) -> list[str]:
 
 
 @signals.task_postrun.connect(weak=False)
-def kill_after_the_end(task: Task, args: Any = (), **_: Any) -> None:
+def kill_after_the_end(args: Any = (), **_: Any) -> None:
     """Of a task that asks for it, kill the child when the run has come to its end."""
     if args and args[0] == "succeed and die":
-        _kill(signal.SIGKILL)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
