@@ -11,6 +11,8 @@ import pytest
 
 from tests.servers import find
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 
 

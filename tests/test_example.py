@@ -16,6 +16,8 @@ import pytest
 
 from tests.servers import Influxd, Redis, free_port, wait_for
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = 40
 #: One run of each task for each file, and a report on each batch of at most 25 files.

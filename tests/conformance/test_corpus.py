@@ -24,6 +24,8 @@ from celery_influx.point import Point
 from tests.conformance.reading import exactly
 from tests.servers import Influxd
 
+pytestmark = pytest.mark.once
+
 CORPUS: dict[str, Any] = json.loads(Path(__file__).with_name("corpus.json").read_text("utf-8"))
 
 

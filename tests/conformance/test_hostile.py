@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
+import pytest
+
 from tests.conformance.hostile import REFUSALS, SEED, report, sent
+
+pytestmark = pytest.mark.once
 
 
 def test_half_a_million_hostile_points_never_raise_and_never_break_a_neighbour() -> None:

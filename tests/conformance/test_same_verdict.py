@@ -17,6 +17,8 @@ from tests.conformance.hostile import Hostile
 from tests.conformance.reading import exactly, read_back
 from tests.servers import Influxd, wait_for
 
+pytestmark = pytest.mark.once
+
 CHARACTERS = [
     " ", ",", "=", "\\", "\\\\", "\\,", "\\ ", "\\=", '\\"', '"', "\n", "\\\n", "\r", "\t", "\x0b",
     "\x0c", "\0", "#", "é", "\ufeff", "\u2028", "\xa0", "", "time",

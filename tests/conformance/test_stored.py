@@ -15,6 +15,8 @@ from tests.conformance.hostile import Hostile
 from tests.conformance.reading import exactly, key_of, read_back
 from tests.servers import Influxd, wait_for
 
+pytestmark = pytest.mark.once
+
 COUNT = 400
 
 

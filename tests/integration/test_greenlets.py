@@ -26,6 +26,8 @@ from tests.integration.worker import Worker, environment, publisher, sending
 from tests.servers import Influxd, Redis, wait_for
 
 LIBRARIES = ["gevent", "eventlet"]
+#: Celery 5.5 and newer; before, a task goes on when it is revoked.
+GEVENT_TERMINATES = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")
 
 
 @pytest.fixture(params=LIBRARIES)
@@ -174,9 +176,9 @@ def test_a_greenlet_that_is_terminated_gives_one_point(running: Running) -> None
     running.settle()
 
     (run,) = running.runs(task, at_least=1)
-    assert run["state"] == "REVOKED"
-    assert run.get("exception") is None
-    assert run["runtime"] == pytest.approx(0.1, abs=0.2)
+    killed = "eventlet" in running.worker.name or GEVENT_TERMINATES
+    assert (run["state"], run.get("exception")) == ("REVOKED" if killed else "SUCCESS", None)
+    assert (run["runtime"] < 4) == killed
 
 
 def test_greenlets_side_by_side_have_runtimes_and_points_of_their_own(running: Running) -> None:
@@ -315,6 +317,7 @@ def patched(library: str, function: str, **arguments: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.once
 def test_a_thousand_greenlets_sending_to_a_slow_server_stall_the_hub_for_less_than_5_ms(
     library: str, slow: Slow
 ) -> None:
@@ -344,6 +347,7 @@ def test_a_thousand_greenlets_sending_to_a_slow_server_stall_the_hub_for_less_th
     assert slow.lines in (0, made)
 
 
+@pytest.mark.once
 def test_the_first_point_of_a_process_does_not_stop_the_hub_for_an_import(
     library: str, quick: Slow
 ) -> None:
@@ -354,6 +358,7 @@ def test_the_first_point_of_a_process_does_not_stop_the_hub_for_an_import(
     assert statistics.median(each["stall"] for each in found) < 25
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scheme", ["http", "udp"])
 def test_a_backlog_leaves_with_turns_for_the_hub_in_between(
     library: str, scheme: str, quick: Slow, sink: int
@@ -368,6 +373,7 @@ def test_a_backlog_leaves_with_turns_for_the_hub_in_between(
     assert statistics.median(found["stalls"]) < 8
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scheme", ["http", "udp"])
 def test_a_name_that_is_looked_up_for_long_does_not_stall_the_hub(
     library: str, scheme: str
@@ -382,6 +388,7 @@ def test_a_name_that_is_looked_up_for_long_does_not_stall_the_hub(
     assert found["stall"] < 50
 
 
+@pytest.mark.once
 def test_a_full_socket_is_waited_for_without_stalling_the_hub(library: str, sink: int) -> None:
     found = patched(library, "full_socket", url=f"udp://127.0.0.1:{sink}?http_port=0")
 
@@ -390,6 +397,7 @@ def test_a_full_socket_is_waited_for_without_stalling_the_hub(library: str, sink
     assert found["stall"] < 50
 
 
+@pytest.mark.once
 def test_a_greenlet_that_computes_holds_points_up_no_longer_than_it_holds_up_the_hub(
     library: str, quick: Slow
 ) -> None:
@@ -399,6 +407,7 @@ def test_a_greenlet_that_computes_holds_points_up_no_longer_than_it_holds_up_the
     assert found["sent"] == [1, 2, 3]
 
 
+@pytest.mark.once
 def test_points_that_wait_at_the_end_of_a_patched_process_are_sent(
     library: str, quick: Slow
 ) -> None:

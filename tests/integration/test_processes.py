@@ -163,6 +163,7 @@ def post_worker_init(worker):
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("preload", [False, True], ids=["", "preload"])
 @pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
 def test_web_processes_lose_no_point_and_send_none_twice(

@@ -295,14 +295,14 @@ def bench(
 def test_a_run_that_the_pool_silently_repeats_is_two_runs(bench: Bench) -> None:
     """A child that dies before the pool has seen it take its task: then another one gets it."""
     with bench.worker:
-        ids = [bench.send("kill at once", task="without_result") for _ in range(60)]
+        ids = [bench.send("kill at once", task="without_result") for _ in range(40)]
         wait_for(lambda: all(map(bench.began, ids)), 60, "all have run")
         runs = wait_for_rest(bench, ids)
         assert bench.worker.stop() == 0
 
     points = [bench.points(task_id) for task_id in ids]
     assert [len(each) for each in points] == [len(bench.began(task_id)) for task_id in ids]
-    assert len(runs) >= 60
+    assert len(runs) >= 40
     for each in points:
         assert states(each) == [("RETRY", LOST)] * (len(each) - 1) + [("FAILURE", LOST)]
 
@@ -331,8 +331,13 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
         bench.worker.stop(signal.SIGQUIT)
 
     (point,) = bench.points(task_id)
-    goes_back = task == "late" or HAS_SOFT_SHUTDOWN
-    assert states([point]) == [("RETRY" if goes_back else "FAILURE", LOST)]
+    (state,) = states([point])
+    if HAS_SOFT_SHUTDOWN:
+        assert state == ("RETRY", LOST)
+    elif task == "run":
+        assert state == ("FAILURE", LOST)
+    else:  # the message goes back, unless Celery was quick enough to see the child die
+        assert state in (("RETRY", LOST), ("FAILURE", LOST))
     assert 0.4 < point["runtime"] < 5
 
 
@@ -387,14 +392,3 @@ def test_each_task_of_a_canvas_has_one_point(bench: Bench) -> None:
     assert len(ids) == len(set(ids)) == 7
     for task_id in ids:
         assert states(bench.points(task_id)) == [OK]
-
-
-def test_a_killed_child_takes_no_point_with_it(bench: Bench) -> None:
-    with bench.worker:
-        ids = [bench.send("point and kill") for _ in range(20)]
-        wait_for_rest(bench, ids)
-        assert bench.worker.stop() == 0
-
-    last = [row["id"] for row in bench.influxd.rows("last", bench.database)]
-    began = [task_id for task_id in ids for _ in bench.began(task_id)]
-    assert sorted(last) == sorted(began)

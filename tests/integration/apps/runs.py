@@ -63,9 +63,6 @@ def _end(task: Task, how: str, number: int) -> Any:
             time.sleep(float(how.split()[1]))
         finally:
             _note_end(task)
-    if how == "point and kill":
-        influx.send_data({"measurement": "last", "fields": {"id": task.request.id}})
-        os.kill(os.getpid(), signal.SIGKILL)
     return how
 
 
