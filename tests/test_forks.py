@@ -39,6 +39,7 @@ from tests.servers import wait_for
 from tests.test_database import Server
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and Linux's pipes"),
     pytest.mark.filterwarnings("ignore:This process"),  # newer Pythons: of a fork beside threads
 ]

@@ -51,7 +51,7 @@ def clean(influxd: Influxd) -> Any:
     return empty
 
 
-@pytest.mark.parametrize("scheme", ["udp", "http"])
+@pytest.mark.parametrize("scheme", ["udp", pytest.param("http", marks=pytest.mark.once)])
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_influxdb_counts_what_the_tasks_counted(
     pool: str,

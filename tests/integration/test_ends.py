@@ -300,6 +300,7 @@ def test_a_child_whose_worker_stands_still_drops_and_counts_what_finds_no_room(
     assert kept - 5 <= len(stored) <= kept
 
 
+@pytest.mark.once
 def test_200_starts_and_stops_in_one_process_leave_nothing_behind() -> None:
     with Listener() as listener:
         url = f"http://127.0.0.1:{listener.http_port}/celery?flush_interval=60"

@@ -23,6 +23,8 @@ from celery_influx.transports.http import HTTPClient
 from tests.servers import Influxd, VictoriaMetrics, find
 from tests.test_queries import READING, UNREADABLE, WRITING
 
+pytestmark = pytest.mark.once
+
 HOUR = 3_600_000_000_000
 HOSTILE = [
     "plain",
