@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import encodings.idna  # noqa: F401 - see `__init__`
 import logging
 import threading
 from typing import Any
@@ -36,10 +35,7 @@ class InfluxStep(bootsteps.StartStopStep):
         self.influx.start_worker(parent.hostname, parent.pool_cls.__module__.rpartition(".")[2])
         tasks.register(parent.app, self.influx)
         if any(database.options.http_port for database in self.influx):
-            # Threads need it later, and so does the first look-up of a host name need
-            # encodings.idna: a fork in the middle of their import would leave the child with a
-            # module that is locked for ever.
-            http.load()
+            http.load()  # else a thread would, in the middle of the work
 
     def start(self, parent: Any) -> None:
         """Start the threads, and say so."""
