@@ -191,3 +191,11 @@ def test_importing_the_package_imports_no_requests_and_starts_and_opens_nothing(
     assert threads == 1
     assert files == 0
     assert done.stderr == ""
+
+
+def test_each_public_name_is_there_and_no_other() -> None:
+    for name in celery_influx.__all__:
+        assert getattr(celery_influx, name) is not None
+        assert name in dir(celery_influx)
+    with pytest.raises(AttributeError, match="'celery_influx' has no attribute 'instal'"):
+        _ = celery_influx.instal
