@@ -42,6 +42,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     """One redis-server for the whole run."""
     with Redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
+        # Each of Celery's results says at its end that it wants no more news: to this server, over
+        # and over again where that is gone.
+        gc.collect()
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def environment(
     return {
         **os.environ,
         "PYTHONPATH": path,
+        "PYTHONFAULTHANDLER": "1",
         "BROKER": broker,
         "APP_CONFIG": json.dumps(dict(config or {})),
         **more,
@@ -113,7 +114,7 @@ class Worker:
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(signal.SIGABRT)  # the log says where each thread stands
             process.wait(10)
             raise AssertionError(
                 f"still running after {timeout} s:\n{self.log()[-5000:]}"
