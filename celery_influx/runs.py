@@ -151,9 +151,9 @@ class Runs:
             run = runs.get(pid)
             if run and run.id == run_id:
                 return run
-        # The pool may not have seen which child had taken it.
-        lost = [run for run in self._unsettled() if run.id == run_id]
-        return lost[0] if lost else None
+        # The pool may not have seen which child had taken it; nor may we, that it is dead.
+        lost = [run for run in (*self._unsettled(), *self._living.values()) if run.id == run_id]
+        return next((run for run in lost if run.died or self._gone(run.pid)), None)
 
     # -- children that die -----------------------------------------------------------------------
 

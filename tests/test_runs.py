@@ -142,10 +142,16 @@ def test_two_runs_of_one_task_at_once_each_have_their_own_end(scene: Scene) -> N
     assert scene.points == [("FAILURE", LOST, "a")]
 
 
-def test_a_run_whose_child_the_pool_did_not_know_is_found_by_its_task(scene: Scene) -> None:
+@pytest.mark.parametrize("seen", [True, False], ids=["seen dead", "not seen dead yet"])
+def test_a_run_whose_child_the_pool_did_not_know_is_found_by_its_task(
+    scene: Scene, seen: bool
+) -> None:
     scene.start(1, "a")
-    scene.die(1)
+    scene.dead.add(1)
+    if seen:
+        scene.die(1)
     scene.judge(0, "a", "REVOKED", None)
+    scene.die(1)
 
     assert scene.points == [("REVOKED", None, "a")]
 
