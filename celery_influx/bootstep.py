@@ -84,7 +84,10 @@ def _watch_decoding(consumer: Any) -> None:
 
     def on_decode_error(message: Any, exc: Exception) -> None:
         handle(message, exc)
-        our_signals.on_refused(consumer, message, exc)
+        try:
+            our_signals.on_refused(consumer, message, exc)
+        except Exception:  # Celery guards itself against signals' receivers, but not against this
+            logger.exception("celery_influx: a message that was refused has no point")
 
     consumer.on_decode_error = on_decode_error
 

@@ -144,10 +144,14 @@ class Database:
         wrong = None
         line = b""
         try:
-            line = self._encode(point)
+            try:
+                line = self._encode(point)
+            except self._passing as limit:
+                wrong = limit
+                line = self._encode(point)  # the task's time is up, and that comes once
         except Exception as error:  # noqa: BLE001 - as above
             wrong = error
-        else:
+        if line:
             self._counters[POINTS] += 1
         # The worker must hear of the end, whatever became of the point.
         if self._relay_end:

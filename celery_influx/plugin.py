@@ -200,7 +200,10 @@ class Influx:
         relay = None
         self.is_green = pool in ("gevent", "eventlet")
         if pool == "prefork" and self.options.enabled:
-            relay = Relay(self._take_relayed, self._count_broken, Runs(self.write_run))
+            # `worker_lost_wait` is how long Celery itself waits for a lost child's result.
+            patience = (self._app.conf.worker_lost_wait or 0) + 5
+            runs = Runs(self.write_run, patience)
+            relay = Relay(self._take_relayed, self._count_broken, runs)
         self._worker = _Worker(hostname, Counters(len(databases), SLOTS if relay else 1), relay)
         for number, database in enumerate(databases.values()):
             self._worker.counters.add(number, early.get(database.name, {}))

@@ -166,8 +166,12 @@ class Relay:
         raises, whatever became of the worker.
         """
         patience = 0.0 if self._impatient else self.PATIENCE
-        if self._owed and not self.put_owed(patience):
-            return False
+        if self._owed and kind in (START, END):
+            # The worker must hear of a run's end before it hears of the next one.
+            until = time.monotonic() + patience
+            if not self.put_owed(patience):
+                return False
+            patience = max(0.0, until - time.monotonic())
         if len(body) <= _LONGEST:
             return self._write(_HEADER.pack(len(body), kind, database) + body, patience)
         return self._put_parts(database, body, kind)
@@ -175,8 +179,8 @@ class Relay:
     def put_end(self, database: int, line: bytes) -> bool:
         """Write that the run in this process has ended, and with it the line of its point.
 
-        Where the pipe is full this one frame is kept, and written before the next one: without it
-        the worker would take a run that ended for one that was killed.
+        Where the pipe is full this one frame is kept, and written before the next run starts:
+        without it the worker would take a run that ended for one that was killed.
         """
         self._impatient = False  # once for each run it is worth to wait
         body = _PID.pack(os.getpid()) + line

@@ -8,11 +8,14 @@ comes from the child, and what Celery made of the run's message.
 from __future__ import annotations
 
 import json
+import logging
 import marshal
 import os
 import time
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 #: Celery's name for what happens to a run whose child died.
 LOST = "WorkerLostError"
@@ -93,26 +96,32 @@ class Runs:
 
     Args:
         write: Called with the tags and fields of a run that was killed; it makes the point.
+        patience: Longest that Celery may take to find that a child and its run are lost, in
+            seconds. It does so at once; with a broker that is not asynchronous, after its
+            ``worker_lost_wait``.
         gone: Whether the child of that pid has ended. It must leave it to the pool to wait for it.
     """
 
-    #: Longest that Celery may take to find that a child and its run are lost. It does so at once;
-    #: with a broker that is not asynchronous, after 10 seconds.
-    PATIENCE = 15.0
     #: Seconds from one look at the children to the next.
     INTERVAL = 0.05
     #: Dead children whose run is remembered, for what Celery may still say of it.
     MOST_DEAD = 1_000
+    #: Tasks remembered that were over before they started, lest they start all the same.
+    MOST_UNSTARTED = 100
 
     def __init__(
         self,
         write: Callable[[dict[str, Any], dict[str, Any]], None],
+        patience: float = 15.0,
         gone: Callable[[int], bool] | None = None,
     ) -> None:
         self._write = write
+        self._patience = patience
         self._gone = gone or has_ended
         self._living: dict[int, _Run] = {}
         self._dead: dict[int, _Run] = {}
+        self._open: dict[int, _Run] = {}  # of the dead, those that have no point yet
+        self._unstarted: dict[tuple[int, str], None] = {}
         self._found: dict[int, int] = {}  # pid → when it was found dead; perhaps not all is read
         self._looked = 0.0
 
@@ -123,9 +132,13 @@ class Runs:
         run = _Run(*marshal.loads(frame))  # noqa: S302 - by our own children
         # A task that starts once more shows what became of its run in a child that died, found
         # dead by now or not: the pool or the queue gave it out again.
-        for before in (*self._unsettled(), *self._living.values()):
+        for before in (*self._open.values(), *self._living.values()):
             if before.id == run.id and before.pid != run.pid:
                 self._judge(before, "RETRY", LOST)
+        if run.pid in self._living:
+            # Its end did not come; or it is of a child that died, and that had the same pid.
+            self._give_up(self._living[run.pid])
+        run.ended = (run.pid, run.id) in self._unstarted
         self._living[run.pid] = run
 
     def ended(self, pid: int) -> None:
@@ -140,7 +153,10 @@ class Runs:
         if run is None:
             if pid not in self._living or self._living[pid].ended:
                 # The task's body never started; this is the only word of it.
-                self._write(_tags(tags, state, exception), fields)
+                self._point(tags, state, exception, fields)
+                self._unstarted[pid, run_id] = None
+                if len(self._unstarted) > self.MOST_UNSTARTED:
+                    del self._unstarted[next(iter(self._unstarted))]
         else:
             # What is killed on purpose has had its time by now, however long it takes to die.
             run.stopped = min(run.died or at, at)
@@ -152,7 +168,7 @@ class Runs:
             if run and run.id == run_id:
                 return run
         # The pool may not have seen which child had taken it; nor may we, that it is dead.
-        lost = [run for run in (*self._unsettled(), *self._living.values()) if run.id == run_id]
+        lost = [run for run in (*self._open.values(), *self._living.values()) if run.id == run_id]
         return next((run for run in lost if run.died or self._gone(run.pid)), None)
 
     # -- children that die -----------------------------------------------------------------------
@@ -160,7 +176,7 @@ class Runs:
     @property
     def wait(self) -> float | None:
         """Seconds after which ``look`` wants to be called again; None: not before more comes."""
-        if self._found or self._unsettled() or not all(r.ended for r in self._living.values()):
+        if self._found or self._open or not all(r.ended for r in self._living.values()):
             return self.INTERVAL
         return None
 
@@ -173,8 +189,8 @@ class Runs:
         for pid in self._living:
             if pid not in self._found and self._gone(pid):
                 self._found[pid] = time.time_ns()
-        overdue = time.time_ns() - int(self.PATIENCE * 1e9)
-        for run in self._unsettled():
+        overdue = time.time_ns() - int(self._patience * 1e9)
+        for run in list(self._open.values()):
             if run.died < overdue:
                 self._settle(run, "FAILURE", LOST)
 
@@ -184,24 +200,23 @@ class Runs:
             run = self._living.pop(pid)
             run.died = died
             self._dead[pid] = run
-            if run.verdict and not run.ended:
-                self._settle(run, *run.verdict)
+            if not run.ended:
+                self._open[pid] = run
+                if run.verdict:
+                    self._settle(run, *run.verdict)
         self._found.clear()
         while len(self._dead) > self.MOST_DEAD:
             self._give_up(self._dead.pop(next(iter(self._dead))))
 
     def close(self) -> None:
         """The worker ends, and so have its children."""
-        for run in self._dead.values():
+        for run in list(self._open.values()):
             self._give_up(run)
         for run in self._living.values():
             self._give_up(run, "RETRY" if run.goes_back else "FAILURE")
         self._living.clear()
         self._dead.clear()
         self._found.clear()
-
-    def _unsettled(self) -> list[_Run]:
-        return [run for run in self._dead.values() if not run.ended]
 
     def _judge(self, run: _Run, state: str, exception: str | None) -> None:
         run.verdict = (state, exception)
@@ -215,15 +230,18 @@ class Runs:
 
     def _settle(self, run: _Run, state: str, exception: str | None) -> None:
         run.ended = True
-        end = run.stopped or run.died
-        self._write(
-            _tags(run.tags, state, exception),
-            {"runtime": max(0, end - run.began) / 1e9, **run.fields},
-        )
+        self._open.pop(run.pid, None)
+        runtime = max(0, (run.stopped or run.died) - run.began) / 1e9
+        self._point(run.tags, state, exception, {"runtime": runtime, **run.fields})
 
-
-def _tags(tags: dict[str, Any], state: str, exception: str | None) -> dict[str, Any]:
-    return {**tags, "state": state, "exception": exception}
+    def _point(
+        self, tags: dict[str, Any], state: str, exception: str | None, fields: dict[str, Any]
+    ) -> None:
+        try:
+            self._write({**tags, "state": state, "exception": exception}, fields)
+        except Exception:
+            # With `influx_strict`, for instance. The other runs must not suffer from it.
+            logger.exception("the point of a killed run of %s could not be written", tags)
 
 
 def has_ended(pid: int) -> bool:

@@ -110,7 +110,7 @@ def _on_end(
     exception = retval if state != "SUCCESS" and isinstance(retval, BaseException) else None
     if state is None:
         exception = _raised()
-        if run.influx.watches_runs and not isinstance(exception, Exception):
+        if run.influx.watches_runs and isinstance(exception, (SystemExit, KeyboardInterrupt)):
             return  # this child ends, and the worker knows why
         state = _STATES.get(type(exception), "FAILURE")
         if run.influx.is_green and not isinstance(exception, Exception):

@@ -6,6 +6,7 @@ request of a task knows all of it; and Celery lets a task choose its request's c
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
@@ -15,6 +16,8 @@ from kombu.utils.imports import symbol_by_name
 
 from celery_influx.runs import LOST
 from celery_influx.signals import recorder, tags_and_fields
+
+logger = logging.getLogger(__name__)
 
 _Base: Any = object
 
@@ -81,8 +84,11 @@ class _Watched(_Base):  # type: ignore[misc]
         self._judge("RETRY" if self._goes_back else "FAILURE", exception)
 
     def _judge(self, state: str, exception: str | None) -> None:
-        influx = recorder(self.task)
-        if influx:
-            retries = self.request_dict.get("retries")
-            tags, fields = tags_and_fields(influx, self.task.name, self, retries)
-            influx.judge_run(self.worker_pid or 0, self.id, state, exception, tags, fields)
+        try:
+            influx = recorder(self.task)
+            if influx:
+                retries = self.request_dict.get("retries")
+                tags, fields = tags_and_fields(influx, self.task.name, self, retries)
+                influx.judge_run(self.worker_pid or 0, self.id, state, exception, tags, fields)
+        except Exception:  # the request must go its way
+            logger.exception("celery_influx: no verdict on %s", self.id)

@@ -177,7 +177,7 @@ def test_a_long_line_of_a_child_that_has_ended_is_read_to_its_end(relay: Relay, 
     assert sink.lost == []
 
 
-def test_the_end_of_a_run_that_finds_the_pipe_full_is_written_before_the_next_frame(
+def test_the_end_of_a_run_that_finds_the_pipe_full_is_written_before_the_next_start(
     relay: Relay, sink: Sink
 ) -> None:
     relay.PATIENCE = 0.001
@@ -189,11 +189,12 @@ def test_the_end_of_a_run_that_finds_the_pipe_full_is_written_before_the_next_fr
     relay.start()
     wait_for(lambda: sink.lines.get(0) == filled, 10)
     assert 1 not in sink.lines
-    assert relay.put(1, b"next")
+    assert relay.put(0, start_frame("b", time.time_ns(), {"task": "b"}, {}, False), START)
+    assert relay.put_end(1, b"the next end")
     assert relay.sync(10)
     relay.close(5)
 
-    assert sink.lines[1] == [b"the end", b"next"]
+    assert sink.lines[1] == [b"the end", b"the next end"]
     assert sink.killed == []
 
 

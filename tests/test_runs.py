@@ -21,10 +21,13 @@ class Scene:
         self.dead: set[int] = set()
         self.points: list[tuple[str, str | None, str]] = []
         self.runtimes: list[float | None] = []
-        self.runs = Runs(self.write, lambda pid: pid in self.dead)
+        self.failures: list[Exception] = []
+        self.runs = Runs(self.write, gone=lambda pid: pid in self.dead)
         self.runs.INTERVAL = 0.0
 
     def write(self, tags: dict[str, Any], fields: dict[str, Any]) -> None:
+        if self.failures:
+            raise self.failures.pop()
         assert tags.items() >= TAGS.items()
         assert fields.items() >= FIELDS.items()
         self.points.append((tags["state"], tags["exception"], tags["id"]))
@@ -165,8 +168,40 @@ def test_a_verdict_on_a_task_that_never_started_is_its_only_point(scene: Scene) 
     assert scene.runtimes == [None]
 
 
+def test_a_task_that_starts_after_its_verdict_has_no_second_point(scene: Scene) -> None:
+    scene.judge(1, "a", "REVOKED", None)
+    scene.start(1, "a")
+    scene.die(1)
+    scene.judge(1, "a", "FAILURE")
+    scene.runs.close()
+
+    assert scene.points == [("REVOKED", None, "a")]
+
+
+def test_a_run_whose_end_never_came_is_written_when_its_child_starts_the_next(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.start(1, "b")
+    scene.runs.ended(1)
+    scene.runs.close()
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+
+
+def test_a_point_that_cannot_be_written_harms_no_other(scene: Scene) -> None:
+    scene.failures.append(ValueError("influx_strict"))
+    for pid, run_id in enumerate("abc", 1):
+        scene.start(pid, run_id)
+        scene.judge(pid, run_id, "FAILURE")
+        scene.dead.add(pid)
+    scene.runs.look()
+    scene.runs.bury()
+
+    assert scene.points == [("FAILURE", LOST, "b"), ("FAILURE", LOST, "c")]
+    assert scene.runs.wait is None
+
+
 def test_a_run_of_which_celery_says_nothing_is_lost_after_a_while(scene: Scene) -> None:
-    scene.runs.PATIENCE = 0.05
+    scene.runs._patience = 0.05
     scene.start(1, "a")
     scene.die(1)
     assert scene.points == []

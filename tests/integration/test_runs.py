@@ -154,6 +154,8 @@ ROWS = {
     "SIGSEGV": Row(sent("crash"), [("FAILURE", LOST)], PREFORK),
     "SIGKILL from outside": Row(killed_from_outside, [("FAILURE", LOST)], PREFORK),
     "SystemExit": Row(sent("exit"), [("FAILURE", LOST)], PREFORK),
+    # No Exception; the child may live on, or die of it, with older billiard.
+    "CancelledError": Row(sent("cancel"), [("FAILURE", "CancelledError")], ("prefork", "threads")),
     "SystemExit in a thread": Row(sent("exit"), [("FAILURE", "SystemExit")], ("threads",)),
     "killed after its end": Row(
         sent("succeed and die", task="without_result"), [OK], PREFORK, task="runs.without_result"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -44,6 +45,8 @@ def _end(task: Task, how: str, number: int) -> Any:
         raise Reject("not for me", requeue=False)
     if how == "requeue" and number == 1:
         raise Reject("later", requeue=True)
+    if how == "cancel":
+        raise asyncio.CancelledError
     if how == "exit":
         raise SystemExit(3)
     if how == "replace" and number == 1:
