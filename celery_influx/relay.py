@@ -79,7 +79,8 @@ class Relay:
         self._runs = runs
         self.owner = os.getpid()
         self._read_fd, self._write_fd = os.pipe()
-        os.set_blocking(self._write_fd, False)  # of this end only: reading still waits
+        for fd in (self._read_fd, self._write_fd):
+            os.set_blocking(fd, False)
         self._pipe = self._identity(self._write_fd)
         for capacity in _CAPACITIES:
             try:
@@ -271,22 +272,26 @@ class Relay:
         while self._reader is me:
             self._guarded(runs.look)
             broken = [key for key in self._parts if not _alive(key[0])]
-            wait = runs.INTERVAL if self._parts else runs.wait
+            count = 0
             try:
-                data = b""
-                if wait is None or poll.poll(wait * 1_000):
-                    data = bytes(room[: os.readv(self._read_fd, [room])])
-                    if not data:
-                        return
+                count = os.readv(self._read_fd, [room])
+            except BlockingIOError:
+                pass
             except OSError:
                 return  # closed under us: the worker is ending
-            if data:
-                rest = self._take_apart(rest + data if rest else data)
-            if len(data) < _READ:
+            else:
+                if not count:
+                    return
+                rest = self._take_apart(rest + room[:count] if rest else bytes(room[:count]))
+            if count < _READ:
                 # That was all there was: nothing more comes from who was dead before.
                 self._guarded(runs.bury)
                 self._guarded(self._forget, broken)
-            if len(data) < _READ // 4:
+            if not count:
+                # Not before each read: a busy main thread would take the interpreter twice.
+                wait = runs.INTERVAL if self._parts else runs.wait
+                poll.poll(None if wait is None else wait * 1_000)
+            elif count < _READ // 4:
                 # Else each line would wake this thread, which costs the worker more than all the
                 # rest: 5 % of a no-op task, measured. A child waits longer for room than this.
                 time.sleep(self.NAP)
