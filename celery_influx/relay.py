@@ -66,7 +66,7 @@ class Relay:
     #: Longest that a child waits for room in the pipe.
     PATIENCE = 0.025
     #: Seconds in which lines gather, after the reader has found few.
-    NAP = 0.004
+    NAP = 0.01
 
     def __init__(
         self,
@@ -293,7 +293,7 @@ class Relay:
                 poll.poll(None if wait is None else wait * 1_000)
             elif count < _READ // 4:
                 # Else each line would wake this thread, which costs the worker more than all the
-                # rest: 5 % of a no-op task, measured. A child waits longer for room than this.
+                # rest: 5 % of a no-op task, measured. A child waits longer than this for room.
                 time.sleep(self.NAP)
 
     def _take_apart(self, data: bytes) -> bytes:
