@@ -133,7 +133,7 @@ class Runs:
         # A task that starts once more shows what became of its run in a child that died, found
         # dead by now or not: the pool or the queue gave it out again.
         for before in (*self._open.values(), *self._living.values()):
-            if before.id == run.id and before.pid != run.pid:
+            if before.id == run.id and before.pid != run.pid and not before.verdict:
                 self._judge(before, "RETRY", LOST)
         if run.pid in self._living:
             # Its end did not come; or it is of a child that died, and that had the same pid.

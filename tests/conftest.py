@@ -15,7 +15,7 @@ from celery import Celery
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
 from tests.integration.worker import publisher
-from tests.servers import Influxd, Redis
+from tests.servers import Influxd, RabbitMQ, Redis
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
         # Each of Celery's results says at its end that it wants no more news: to this server, over
         # and over again where that is gone.
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """One rabbitmq-server for the whole run."""
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -324,7 +324,9 @@ class RabbitMQ(Server):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.program = find("rabbitmq-server")
+        own = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+        # Debian's command becomes another user, who may not write to our folder.
+        self.program = str(own) if own.exists() else find("rabbitmq-server")
         self.port = free_port()
         self.dist_port = free_port()
 

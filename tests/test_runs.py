@@ -133,6 +133,15 @@ def test_a_task_that_starts_again_in_another_child_was_retried(scene: Scene, see
     assert scene.points == [("RETRY", LOST, "a"), ("FAILURE", LOST, "a")]
 
 
+def test_a_verdict_is_not_overruled_by_the_task_that_starts_again(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.judge(1, "a", "RETRY", "TimeLimitExceeded")
+    scene.start(2, "a")  # the broker is quicker than the child is dead
+    scene.die(1)
+
+    assert scene.points == [("RETRY", "TimeLimitExceeded", "a")]
+
+
 def test_two_runs_of_one_task_at_once_each_have_their_own_end(scene: Scene) -> None:
     """Redis gives a message out again that is not acknowledged in time."""
     scene.start(1, "a")

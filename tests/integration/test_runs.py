@@ -26,6 +26,9 @@ import celery_influx
 from tests.integration.worker import Worker, publisher
 from tests.servers import Influxd, Redis, wait_for
 
+#: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
+#: limit what is not.
+HAS_SOFT_SHUTDOWN = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")
 LOST = "WorkerLostError"
 #: A run that was over before anything could be done to it.
 OK = ("SUCCESS", None)
@@ -58,8 +61,14 @@ class Bench:
         """The points of the task's runs, in the order of the runs."""
         rows = self.influxd.rows("celery_task", self.database)
         mine = [row for row in rows if row.get("id") == task_id]
-        # The run after a retry may end before the one that sent it.
-        return sorted(mine, key=lambda row: (row["retries"], row["time"]))
+        # The run after a retry may end before the one that sent it; and one that is given back
+        # may have succeeded elsewhere before its child is dead.
+        return sorted(mine, key=lambda row: (row["retries"], row["time"] - began_ago(row)))
+
+
+def began_ago(row: dict[str, Any]) -> int:
+    """Nanoseconds from the start of a run to its point."""
+    return int((row["runtime"] or 0) * 1e9)
 
 
 def sent(*args: Any, **options: Any) -> Callable[[Bench], str]:
@@ -119,6 +128,8 @@ def undecodable(bench: Bench) -> str:
 
 
 ALL, PREFORK = ("prefork", "threads", "solo"), ("prefork",)
+#: The table once more with a broker that knows by itself what is acknowledged, and what goes back.
+ON_RABBITMQ = "prefork, RabbitMQ"
 
 
 @dataclass
@@ -164,6 +175,14 @@ ROWS = {
     "acks late, killed": Row(
         sent("kill", task="late"), [("FAILURE", LOST)], PREFORK, task="runs.late"
     ),
+    "acks late, hard time limit, not acknowledged": Row(
+        sent("sleep once 30", task="unacknowledged", time_limit=1),
+        [("RETRY", "TimeLimitExceeded"), OK]
+        if HAS_SOFT_SHUTDOWN
+        else [("FAILURE", "TimeLimitExceeded")],
+        PREFORK,
+        task="runs.unacknowledged",
+    ),
     "acks late, killed, given back": Row(
         sent("kill once", task="given_back"), [("RETRY", LOST), OK], PREFORK, task="runs.given_back"
     ),
@@ -187,6 +206,11 @@ ROWS = {
 }
 
 
+def rows_of(pool: str) -> dict[str, Row]:
+    """The rows that make sense there."""
+    return {name: row for name, row in ROWS.items() if pool.partition(",")[0] in row.pools}
+
+
 @dataclass
 class Table:
     """All rows of one pool, made at the same time."""
@@ -197,11 +221,20 @@ class Table:
 
 
 def make_bench(
-    pool: str, redis_server: Redis, influxd: Influxd, folder: Path, number: int, **config: Any
+    pool: str,
+    redis_server: Redis,
+    influxd: Influxd,
+    folder: Path,
+    number: int,
+    broker: str = "",
+    **config: Any,
 ) -> Bench:
-    """A worker of ``pool``, not started yet, with a broker and a database of its own."""
-    broker = redis_server.url.removesuffix("/0") + f"/{number}"
-    store = redis.Redis.from_url(broker, decode_responses=True)
+    """A worker of ``pool``, not started yet, with a Redis and a database of its own.
+
+    ``broker``: its URL, where that is not the Redis.
+    """
+    backend = redis_server.url.removesuffix("/0") + f"/{number}"
+    store = redis.Redis.from_url(backend, decode_responses=True)
     store.flushdb()
     database = f"runs {folder.name}"
     influxd.query(f'CREATE DATABASE "{database}"')
@@ -216,24 +249,39 @@ def make_bench(
             }
         },
         "influx_task_ids": True,
+        "result_backend": backend,
         **config,
     }
-    sender = publisher(broker)
+    sender = publisher(broker or backend, result_backend=backend)
     celery_influx.install(sender)
-    worker = Worker(folder, "runs", broker, settings, pool=pool, concurrency=4)
+    worker = Worker(
+        folder,
+        "runs",
+        broker or backend,
+        settings,
+        pool=pool,
+        concurrency=4,
+        variables={"STORE": backend},
+    )
     return Bench(worker, sender, store, influxd, database)
 
 
 @pytest.fixture(scope="module")
 def tables(
-    redis_server: Redis, influxd: Influxd, tmp_path_factory: pytest.TempPathFactory
+    redis_server: Redis,
+    influxd: Influxd,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Callable[[str], Table]:
     """Gives the table of a pool. The worker has ended by then: nothing more can come."""
 
     @lru_cache
     def table(pool: str) -> Table:
-        bench = make_bench(pool, redis_server, influxd, tmp_path_factory.mktemp(pool), 2)
-        mine = {name: row for name, row in ROWS.items() if pool in row.pools}
+        broker = request.getfixturevalue("rabbitmq").url if pool == ON_RABBITMQ else ""
+        kind = pool.partition(",")[0]
+        folder = tmp_path_factory.mktemp(kind)
+        bench = make_bench(kind, redis_server, influxd, folder, 2, broker)
+        mine = rows_of(pool)
         with bench.worker:
             ids = {name: row.make(bench) for name, row in mine.items()}
             for name, row in mine.items():
@@ -250,8 +298,7 @@ def tables(
 
 
 @pytest.mark.parametrize(
-    ("pool", "name"),
-    [(pool, name) for pool in ALL for name, row in ROWS.items() if pool in row.pools],
+    ("pool", "name"), [(pool, name) for pool in (*ALL, ON_RABBITMQ) for name in rows_of(pool)]
 )
 def test_each_run_has_one_point_that_says_how_it_ended(
     tables: Callable[[str], Table], pool: str, name: str
@@ -288,9 +335,10 @@ def states(points: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
 def bench(
     redis_server: Redis, influxd: Influxd, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Bench]:
-    """A worker of the prefork pool for one test, with the settings of ``parametrize``."""
-    config = getattr(request, "param", {})
-    found = make_bench("prefork", redis_server, influxd, tmp_path, 3, **config)
+    """A worker for one test, of the prefork pool unless ``parametrize`` says otherwise."""
+    config = {"pool": "prefork", **getattr(request, "param", {})}
+    pool = config.pop("pool")
+    found = make_bench(pool, redis_server, influxd, tmp_path, 3, **config)
     yield found
     found.worker.stop(signal.SIGKILL)
     found.sender.close()
@@ -322,10 +370,6 @@ def wait_for_rest(bench: Bench, ids: list[str]) -> list[float]:
     return [began for task_id in ids for began in bench.began(task_id)]
 
 
-#: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too.
-HAS_SOFT_SHUTDOWN = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")
-
-
 @pytest.mark.parametrize("task", ["run", "late"])
 def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> None:
     with bench.worker:
@@ -343,6 +387,82 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
     else:  # the message goes back, unless Celery was quick enough to see the child die
         assert state in (("RETRY", LOST), ("FAILURE", LOST))
     assert 0.4 < point["runtime"] < 5
+
+
+@pytest.mark.parametrize("bench", [{"pool": "solo"}], indirect=True)
+def test_a_run_that_ends_a_solo_worker_has_its_point(bench: Bench) -> None:
+    with bench.worker:
+        task_id = bench.send("exit")
+        bench.worker.wait()
+
+    assert states(bench.points(task_id)) == [("FAILURE", "SystemExit")]
+
+
+@pytest.mark.parametrize("bench", [{"pool": pool} for pool in ALL], indirect=True)
+def test_a_run_that_has_no_memory_left_has_its_point(bench: Bench) -> None:
+    """Celery ends a worker of processes then: what it had taken goes down with it, all counted."""
+    with bench.worker:
+        task_id = bench.send("no memory")
+        wait_for(lambda: bench.points(task_id), 20, bench.worker.log())
+        bench.worker.stop()
+
+    assert states(bench.points(task_id)) == [("FAILURE", "MemoryError")]
+    assert len(bench.began(task_id)) == 1
+
+
+def test_a_run_that_the_kernel_kills_for_its_memory_has_its_point(
+    bench: Bench, small_group: Path
+) -> None:
+    with bench.worker:
+        task_id = bench.send(f"eat in {small_group}")
+        wait_for(lambda: bench.points(task_id), 20, bench.worker.log())
+        assert bench.worker.stop() == 0
+
+    assert states(bench.points(task_id)) == [("FAILURE", LOST)]
+    events = (small_group / "memory.oom_control", small_group / "memory.events")
+    assert any("oom_kill 1" in each.read_text() for each in events if each.exists())
+
+
+@pytest.fixture
+def small_group(tmp_path: Path) -> Iterator[Path]:
+    """A control group of Linux in which 32 MiB can be had, and no swap."""
+    root = Path("/sys/fs/cgroup")
+    if (root / "memory").is_dir():  # version 1
+        group, limits = root / "memory" / tmp_path.name, ["memory.limit_in_bytes"]
+    else:
+        group, limits = root / tmp_path.name, ["memory.max", "memory.swap.max"]
+    try:
+        group.mkdir()
+        for limit in limits:
+            (group / limit).write_text(str(32 << 20))
+    except OSError as error:
+        pytest.skip(f"no control group for memory can be made here: {error}")
+    yield group
+    wait_for(lambda: not (group / "cgroup.procs").read_text(), 10, "nobody is in it")
+    group.rmdir()
+
+
+@pytest.mark.parametrize(
+    "bench",
+    [{"worker_cancel_long_running_tasks_on_connection_loss": True}],
+    indirect=True,
+)
+def test_a_run_that_is_cancelled_as_the_broker_is_lost_has_its_point(bench: Bench) -> None:
+    with bench.worker:
+        task_id = bench.send("sleep once 30", task="late")
+        bench.wait_for_start(task_id)
+        time.sleep(0.5)  # else the worker may not know yet who has taken it
+        for client in bench.store.client_list():
+            if client["cmd"].startswith("brpop"):
+                bench.store.client_kill_filter(_id=client["id"])
+        wait_for(lambda: bench.points(task_id), 20, bench.worker.log())
+        runs = len(bench.began(task_id))
+        bench.worker.stop()
+
+    points = bench.points(task_id)
+    assert states(points)[0] == ("RETRY", LOST)
+    assert 0.4 < points[0]["runtime"] < 5
+    assert len(points) == len(bench.began(task_id)), runs
 
 
 @pytest.mark.skipif(not HAS_SOFT_SHUTDOWN, reason="this Celery has no soft shutdown")

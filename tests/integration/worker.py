@@ -127,6 +127,11 @@ class Worker:
                 f"still running after {timeout} s:\n{self.log()[-20000:]}"
             ) from None
 
+    def wait(self, timeout: float = 30) -> int:
+        """Wait until it ends by itself; its exit code."""
+        assert self.process is not None
+        return self.process.wait(timeout)
+
     def pid(self) -> int:
         """Its main process."""
         assert self.process is not None

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from celery import Task, chain, chord, group, signals
@@ -47,6 +48,11 @@ def _end(task: Task, how: str, number: int) -> Any:
         raise Reject("later", requeue=True)
     if how == "cancel":
         raise asyncio.CancelledError
+    if how == "no memory":
+        raise MemoryError
+    if how.startswith("eat"):
+        Path(how.rpartition(" ")[2], "cgroup.procs").write_text(str(os.getpid()))
+        bytearray(b"x") * (256 << 20)
     if how == "exit":
         raise SystemExit(3)
     if how == "replace" and number == 1:
@@ -61,9 +67,9 @@ def _end(task: Task, how: str, number: int) -> Any:
         _kill(task, signal.SIGKILL)
     if how == "crash":
         _kill(task, signal.SIGSEGV)
-    if how.startswith("sleep"):
+    if how.startswith("sleep") and ("once" not in how or number == 1):
         try:
-            time.sleep(float(how.split()[1]))
+            time.sleep(float(how.rpartition(" ")[2]))
         finally:
             _note_end(task)
     return how
@@ -80,6 +86,12 @@ def run(self: Task, how: str, *_: Any) -> Any:
 @app.task(name="runs.late", bind=True, acks_late=True)
 def late(self: Task, how: str) -> Any:
     """The same, acknowledged after it has run."""
+    return run.run.__func__(self, how)
+
+
+@app.task(name="runs.unacknowledged", bind=True, acks_late=True, acks_on_failure_or_timeout=False)
+def unacknowledged(self: Task, how: str) -> Any:
+    """The same, acknowledged only if it has succeeded."""
     return run.run.__func__(self, how)
 
 
