@@ -6,6 +6,7 @@ import logging
 import threading
 from typing import Any
 
+import billiard
 from celery import bootsteps, signals
 
 from celery_influx import signals as our_signals
@@ -32,7 +33,7 @@ class InfluxStep(bootsteps.StartStopStep):
         """
         super().__init__(parent, **kwargs)
         self.influx: Influx = parent.app.influx
-        self.influx.start_worker(parent.hostname, parent.pool_cls.__module__.rpartition(".")[2])
+        self.influx.start_worker(parent.hostname, _pool(parent))
         tasks.register(parent.app, self.influx)
         if any(database.options.http_port for database in self.influx):
             http.load()  # else a thread would, in the middle of the work
@@ -69,6 +70,21 @@ class InfluxStep(bootsteps.StartStopStep):
     def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override]
         """For ``celery inspect stats``."""
         return {"influx": self.influx.stats()}
+
+
+def _pool(worker: Any) -> str:
+    """The name of its pool's module, or ``spawn`` for prefork's where it does not fork."""
+    name = str(worker.pool_cls.__module__.rpartition(".")[2])
+    if name != "prefork":
+        return name
+    method = getattr(worker, "pool_start_method", "fork")  # since Celery 5.7
+    if "fork" == method == billiard.get_start_method():
+        return name
+    logger.warning(
+        "celery_influx: this pool spawns its children and does not fork them: runs that are "
+        "killed have no point, and stats() does not count what the children do"
+    )
+    return "spawn"
 
 
 @signals.worker_shutdown.connect(weak=False, dispatch_uid="celery_influx.shutdown")

@@ -61,6 +61,8 @@ def install(app: Celery) -> Influx:
     influx = Influx(app)
     app.influx = influx  # type: ignore[attr-defined]
     app.steps["worker"].add(InfluxStep)
+    # By name: so it goes along when Celery pickles the app, for a child that it spawns.
+    app.fixups = {*app.fixups, f"{__name__}:{install.__name__}"}  # type: ignore[attr-defined]
     if not _installed:
         os.register_at_fork(after_in_child=_after_fork)
         atexit.register(_at_exit)
@@ -189,7 +191,8 @@ class Influx:
     def start_worker(self, hostname: str, pool: str) -> None:
         """In a worker, before its pool exists: check the configuration, and set out as the worker.
 
-        ``pool`` is the name of the pool's module in ``celery.concurrency``.
+        ``pool`` is the name of the pool's module in ``celery.concurrency``; ``spawn`` for prefork's
+        where its children are no forks.
 
         Raises:
             ConfigError: The worker must not start.
@@ -245,9 +248,14 @@ class Influx:
             self._child_relay.put(0, frame, START)
 
     def leave_pool(self) -> None:
-        """In a pool child that ends in peace: hand over what the worker could not take before."""
+        """In a pool child that ends in peace: hand over what the worker could not take before.
+
+        Or send it, in a child that was spawned: ``atexit`` does not run in any of them.
+        """
         if self._child_relay:
             self._child_relay.put_owed(self.options.shutdown_timeout)
+        else:
+            self.close()
 
     def write_run(self, tags: dict[str, str], fields: dict[str, Any]) -> None:
         """Write the point of a run, that nobody was told of."""

@@ -6,6 +6,7 @@ see ``verdicts``.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from celery import Task, current_task, signals
 from celery.app.task import Context
 from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TimeLimitExceeded
 
+from celery_influx import tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, find, installed
 
@@ -38,6 +40,7 @@ def connect() -> None:
         (signals.task_revoked, _on_revoked),
         (signals.task_unknown, _on_unknown),
         (signals.task_rejected, _on_rejected),
+        (signals.import_modules, _on_child_start),
         (signals.worker_process_shutdown, _on_child_end),
     ):
         signal.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
@@ -202,6 +205,13 @@ def _write_unstarted(
 ) -> None:
     tags, fields = tags_and_fields(influx, name, request, retries)
     influx.write_run(_ended(tags, state, exception), fields)
+
+
+def _on_child_start(sender: Any = None, **_: Any) -> None:
+    """In a pool child that was spawned, and inherits no tasks: register the helpers there, too."""
+    influx = find(sender)
+    if influx and os.environ.get("FORKED_BY_MULTIPROCESSING"):  # Celery's own sign of it
+        tasks.register(sender, influx)
 
 
 def _on_child_end(**_: Any) -> None:

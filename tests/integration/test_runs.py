@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery
+from celery.app.defaults import NAMESPACES
 from kombu import Producer
 
 import celery_influx
@@ -28,7 +29,7 @@ from tests.servers import Influxd, Redis, wait_for
 
 #: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
 #: limit what is not.
-HAS_SOFT_SHUTDOWN = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")
+HAS_SOFT_SHUTDOWN = "soft_shutdown_timeout" in NAMESPACES["worker"]
 LOST = "WorkerLostError"
 #: A run that was over before anything could be done to it.
 OK = ("SUCCESS", None)
@@ -227,6 +228,7 @@ def make_bench(
     folder: Path,
     number: int,
     broker: str = "",
+    flush_interval: float = 0.05,
     **config: Any,
 ) -> Bench:
     """A worker of ``pool``, not started yet, with a Redis and a database of its own.
@@ -245,7 +247,7 @@ def make_bench(
                 "host": "127.0.0.1",
                 "http_port": influxd.http_port,
                 "database": database,
-                "flush_interval": 0.05,
+                "flush_interval": flush_interval,
             }
         },
         "influx_task_ids": True,
@@ -463,6 +465,33 @@ def test_a_run_that_is_cancelled_as_the_broker_is_lost_has_its_point(bench: Benc
     assert states(points)[0] == ("RETRY", LOST)
     assert 0.4 < points[0]["runtime"] < 5
     assert len(points) == len(bench.began(task_id)), runs
+
+
+@pytest.mark.skipif(
+    "pool_start_method" not in NAMESPACES["worker"], reason="this Celery's pools always fork"
+)
+@pytest.mark.parametrize(
+    "bench", [{"worker_pool_start_method": "spawn", "flush_interval": 60}], indirect=True
+)
+def test_children_that_are_spawned_write_each_run_that_they_live_to_end(bench: Bench) -> None:
+    with bench.worker:
+        killed = bench.send("kill")
+        bench.sender.AsyncResult(killed).get(timeout=20, propagate=False)
+        ids = {how: bench.send(how) for how in ("succeed", "fail", "exit")}
+        for task_id in ids.values():
+            bench.sender.AsyncResult(task_id).get(timeout=20, propagate=False)
+        pong = bench.sender.send_task("celery_influx.ping").get(timeout=20)
+        assert bench.worker.stop() == 0
+
+    assert pong["version"]
+    assert len(bench.began(killed)) == 1
+    assert bench.points(killed) == []
+    assert {how: states(bench.points(task_id)) for how, task_id in ids.items()} == {
+        "succeed": [OK],
+        "fail": [("FAILURE", "Broken")],
+        "exit": [("FAILURE", "SystemExit")],
+    }
+    assert "runs that are killed have no point" in bench.worker.log()
 
 
 @pytest.mark.skipif(not HAS_SOFT_SHUTDOWN, reason="this Celery has no soft shutdown")
