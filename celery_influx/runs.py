@@ -167,8 +167,10 @@ class Runs:
             run = runs.get(pid)
             if run and run.id == run_id:
                 return run
-        # The pool may not have seen which child had taken it; nor may we, that it is dead.
-        lost = [run for run in (*self._open.values(), *self._living.values()) if run.id == run_id]
+        # The pool may not have seen which child had taken it; nor may we, that it is dead. One that
+        # has its point already comes last.
+        lost = [run for run in (*self._dead.values(), *self._living.values()) if run.id == run_id]
+        lost.sort(key=lambda run: run.ended)
         return next((run for run in lost if run.died or self._gone(run.pid)), None)
 
     # -- children that die -----------------------------------------------------------------------

@@ -168,6 +168,17 @@ def test_a_run_whose_child_the_pool_did_not_know_is_found_by_its_task(
     assert scene.points == [("REVOKED", None, "a")]
 
 
+def test_a_run_whose_child_the_pool_did_not_know_and_that_had_ended_has_no_second_point(
+    scene: Scene,
+) -> None:
+    scene.start(1, "a")
+    scene.runs.ended(1)
+    scene.die(1)
+    scene.judge(0, "a", "FAILURE")
+
+    assert scene.points == []
+
+
 def test_a_verdict_on_a_task_that_never_started_is_its_only_point(scene: Scene) -> None:
     scene.judge(1, "a", "REVOKED", None)
     scene.die(1)

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -46,10 +46,18 @@ class Bench:
     store: redis.Redis
     influxd: Influxd
     database: str
+    sent: dict[str, float] = field(default_factory=dict)
 
     def send(self, *args: Any, task: str = "run", **options: Any) -> str:
         """Send ``runs.<task>``; its id."""
-        return str(self.sender.send_task(f"runs.{task}", args, **options).id)
+        sent = time.time()
+        task_id = str(self.sender.send_task(f"runs.{task}", args, **options).id)
+        self.sent[task_id] = sent
+        return task_id
+
+    def note_end(self, task_id: str) -> None:
+        """Note that the task's body ends now, of one that cannot do so."""
+        self.store.rpush(f"ended {task_id}", time.time())
 
     def began(self, task_id: str) -> list[float]:
         """When each run of the task began."""
@@ -79,12 +87,16 @@ def sent(*args: Any, **options: Any) -> Callable[[Bench], str]:
     return lambda bench: bench.send(*args, **options)
 
 
-def revoked_while_running(name: str, seconds: float = 30) -> Callable[[Bench], str]:
+def revoked_while_running(
+    name: str, seconds: float = 30, task: str = "run"
+) -> Callable[[Bench], str]:
     """A row whose task is revoked by a signal when its body runs."""
 
     def make(bench: Bench) -> str:
-        task_id = bench.send(f"sleep {seconds}")
+        task_id = bench.send(f"sleep {seconds}", task=task)
         bench.wait_for_start(task_id)
+        if name in ("SIGKILL", "SIGABRT", "SIGSEGV"):  # no `finally` runs
+            bench.note_end(task_id)
         bench.sender.control.revoke(
             task_id, terminate=True, signal=name, destination=[bench.worker.name]
         )
@@ -111,23 +123,28 @@ def killed_from_outside(bench: Bench) -> str:
     bench.wait_for_start(task_id)
     pid = int(bench.store.lrange(f"began {task_id}", 0, 0)[0].split()[1])
     assert pid in bench.worker.children()
+    bench.note_end(task_id)
     os.kill(pid, signal.SIGKILL)
     return task_id
 
 
-def undecodable(bench: Bench) -> str:
+def undecodable(**headers: str) -> Callable[[Bench], str]:
     """A row whose message has a body that no one can read."""
-    task_id = str(uuid.uuid4())
-    with bench.sender.connection_for_write() as connection:
-        Producer(connection).publish(
-            b"{not json",
-            routing_key="celery",
-            content_type="application/json",
-            content_encoding="utf-8",
-            headers={"task": "runs.run", "id": task_id, "lang": "py", "root_id": task_id},
-            delivery_mode=2,
-        )
-    return task_id
+
+    def make(bench: Bench) -> str:
+        task_id = str(uuid.uuid4())
+        with bench.sender.connection_for_write() as connection:
+            Producer(connection).publish(
+                b"{not json",
+                routing_key="celery",
+                content_type="application/json",
+                content_encoding="utf-8",
+                headers={"id": task_id, "lang": "py", "root_id": task_id, **headers},
+                delivery_mode=2,
+            )
+        return task_id
+
+    return make
 
 
 ALL, PREFORK = ("prefork", "threads", "solo"), ("prefork",)
@@ -194,11 +211,20 @@ ROWS = {
     "unregistered": Row(
         sent(task="nothing"), [("REJECTED", "NotRegistered")], task="runs.nothing", **NEVER
     ),
-    "undecodable": Row(undecodable, [("REJECTED", "DecodeError")], **NEVER),
+    "undecodable": Row(undecodable(task="runs.run"), [("REJECTED", "DecodeError")], **NEVER),
+    "undecodable, of no task": Row(
+        undecodable(), [("REJECTED", "DecodeError")], task="(unreadable)", **NEVER
+    ),
     **{
         f"revoked with {name}": Row(revoked_while_running(name), [("REVOKED", None)], PREFORK)
-        for name in ("SIGTERM", "SIGKILL", "SIGQUIT", "SIGABRT")
+        for name in ("SIGTERM", "SIGKILL", "SIGQUIT", "SIGABRT", "SIGHUP", "SIGSEGV")
     },
+    "acks late, revoked with SIGTERM": Row(
+        revoked_while_running("SIGTERM", task="late"),
+        [("REVOKED", None)],
+        PREFORK,
+        task="runs.late",
+    ),
     # The task's own way to be told that its time is up.
     "revoked with SIGUSR1": Row(
         revoked_while_running("SIGUSR1"), [("FAILURE", "SoftTimeLimitExceeded")], PREFORK
@@ -324,14 +350,27 @@ def test_each_run_has_one_point_that_says_how_it_ended(
         assert (point["runtime"] is None) == bool(row.unstarted)
         assert (point["wait"] is None) == bool(row.unstarted)
         assert point["retries"] == (points.index(point) if name == "retry" else 0)
-    # The body's own word, of those that could still give it.
+    # The body's own word, or that of who killed it.
     ended = [*map(float, table.bench.store.lrange(f"ended {table.ids[name]}", 0, -1))]
-    assert bool(ended) or name not in ("soft time limit", "hard time limit", "SIGKILL", "SIGSEGV")
+    assert len(ended) == len(began)
     for start, end, point in zip(began, ended, points, strict=False):
         assert point["runtime"] == pytest.approx(end - start, abs=0.2)
+    if began:
+        sent = table.bench.sent[table.ids[name]]
+        assert points[0]["wait"] == pytest.approx(began[0] - sent, abs=0.2)
     for start, point in zip(began, points, strict=False):
         # Soon, and not when the worker gave up on hearing from Celery what became of the run.
         assert point["time"] / 1e9 - start - point["runtime"] < 10
+
+
+@pytest.mark.parametrize("pool", [*ALL, ON_RABBITMQ])
+def test_nothing_else_has_a_point(tables: Callable[[str], Table], pool: str) -> None:
+    table = tables(pool)
+
+    rows = table.bench.influxd.rows("celery_task", table.bench.database)
+    assert Counter(row["id"] for row in rows) == {
+        table.ids[name]: len(row.points) for name, row in rows_of(pool).items()
+    }
 
 
 def states(points: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
@@ -355,14 +394,16 @@ def bench(
 def test_a_run_that_the_pool_silently_repeats_is_two_runs(bench: Bench) -> None:
     """A child that dies before the pool has seen it take its task: then another one gets it."""
     with bench.worker:
-        ids = [bench.send("kill at once", task="without_result") for _ in range(40)]
-        wait_for(lambda: all(map(bench.began, ids)), 60, "all have run")
-        runs = wait_for_rest(bench, ids)
+        ids: list[str] = []
+        runs: list[float] = []
+        while len(runs) == len(ids):  # it happens to one of ten, or so
+            ids += [bench.send("kill at once", task="without_result") for _ in range(30)]
+            wait_for(lambda: all(map(bench.began, ids)), 60, "all have run")  # noqa: B023
+            runs = wait_for_rest(bench, ids)
         assert bench.worker.stop() == 0
 
     points = [bench.points(task_id) for task_id in ids]
     assert [len(each) for each in points] == [len(bench.began(task_id)) for task_id in ids]
-    assert len(runs) >= 40
     for each in points:
         assert states(each) == [("RETRY", LOST)] * (len(each) - 1) + [("FAILURE", LOST)]
 
@@ -526,7 +567,9 @@ def test_a_result_backend_that_is_down_takes_no_point(
         wait_for(lambda: bench.points(task_id), 60, bench.worker.log())
         bench.worker.stop(signal.SIGKILL)
 
-    assert states(bench.points(task_id))[0] == expected
+    points = bench.points(task_id)
+    assert states(points)[0] == expected
+    assert how == "retry" or len(points) == 1  # it may be in the middle of the next try
 
 
 @pytest.mark.parametrize("bench", [{"influx_eager": True}], indirect=True)

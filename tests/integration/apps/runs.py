@@ -68,10 +68,7 @@ def _end(task: Task, how: str, number: int) -> Any:
     if how == "crash":
         _kill(task, signal.SIGSEGV)
     if how.startswith("sleep") and ("once" not in how or number == 1):
-        try:
-            time.sleep(float(how.rpartition(" ")[2]))
-        finally:
-            _note_end(task)
+        time.sleep(float(how.rpartition(" ")[2]))
     return how
 
 
@@ -80,7 +77,10 @@ def run(self: Task, how: str, *_: Any) -> Any:
     """Count the start, and end as ``how`` says."""
     key = f"began {self.request.id}"
     number = store().rpush(key, f"{time.time()} {os.getpid()}")
-    return _end(self, how, number)
+    try:
+        return _end(self, how, number)
+    finally:
+        _note_end(self)
 
 
 @app.task(name="runs.late", bind=True, acks_late=True)
