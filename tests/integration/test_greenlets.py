@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import redis
 from celery import Celery
 
 import celery_influx
-from tests.integration.worker import Worker, environment, publisher, sending
+from tests.integration.worker import Worker, environment, publisher, sending, skip_without
 from tests.servers import Influxd, Redis, wait_for
 
 LIBRARIES = ["gevent", "eventlet"]
@@ -35,15 +34,6 @@ def library(request: pytest.FixtureRequest) -> str:
     """Each library that is installed."""
     skip_without(request.param)
     return str(request.param)
-
-
-@cache
-def skip_without(library: str) -> None:
-    """Only looked for: imported, it would be there in all of the other tests."""
-    pytest.importorskip("greenlet")
-    found = subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True)
-    if found.returncode:
-        pytest.skip(f"{library} is not installed; pip install {library}")
 
 
 # -- workers -------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
 from celery import Celery
 
 from tests.servers import wait_for
@@ -215,3 +217,12 @@ def stats(app: Celery, worker: Worker) -> dict[str, dict[str, int]]:
     found = answer[worker.name]["influx"]  # type: ignore[index]
     assert isinstance(found, dict)
     return found
+
+
+@cache
+def skip_without(library: str) -> None:
+    """Only looked for: imported, it would be there in all of the other tests."""
+    pytest.importorskip("greenlet")
+    found = subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True)
+    if found.returncode:
+        pytest.skip(f"{library} is not installed; pip install {library}")
