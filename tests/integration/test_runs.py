@@ -27,7 +27,7 @@ from kombu import Producer
 
 import celery_influx
 from tests.integration.worker import Worker, publisher, skip_without
-from tests.servers import Influxd, Redis, wait_for
+from tests.servers import Influxd, RabbitMQ, Redis, wait_for
 
 #: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
 #: limit what is not.
@@ -441,6 +441,38 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
     else:  # the message goes back, unless Celery was quick enough to see the child die
         assert state in (("RETRY", LOST), ("FAILURE", LOST))
     assert 0.4 < point["runtime"] < 5
+
+
+def test_a_task_that_is_given_out_twice_at_once_has_a_point_for_each_run(bench: Bench) -> None:
+    """As by Redis, of a message that is not acknowledged within its visibility timeout."""
+    with bench.worker:
+        task_id = str(uuid.uuid4())
+        for _ in range(2):
+            bench.send("sleep 1", task="late", task_id=task_id)
+        wait_for(lambda: len(bench.points(task_id)) == 2, 20)
+        assert bench.worker.stop() == 0
+
+    points = bench.points(task_id)
+    assert len(bench.began(task_id)) == 2
+    assert states(points) == [OK, OK]
+    assert [point["runtime"] for point in points] == pytest.approx([1, 1], abs=0.2)
+
+
+def test_of_a_run_in_a_worker_that_is_killed_only_the_next_one_elsewhere_is_known(
+    redis_server: Redis, influxd: Influxd, rabbitmq: RabbitMQ, tmp_path: Path
+) -> None:
+    bench = make_bench("prefork", redis_server, influxd, tmp_path, 3, rabbitmq.url)
+    with bench.worker:
+        task_id = bench.send("sleep once 30", task="late")
+        bench.wait_for_start(task_id)
+        bench.worker.stop(signal.SIGKILL)
+    with bench.worker:
+        wait_for(lambda: bench.points(task_id), 20, bench.worker.log())
+        assert bench.worker.stop() == 0
+    bench.sender.close()
+
+    assert len(bench.began(task_id)) == 2
+    assert states(bench.points(task_id)) == [OK]
 
 
 @pytest.mark.parametrize("bench", [{"pool": "solo"}], indirect=True)
