@@ -132,7 +132,7 @@ def tap(influxd: Influxd) -> Iterator[Tap]:
 def config(tap: Tap, database: str) -> dict[str, object]:
     """Points go through the tap, and a line waits for the end of its process, or a full batch."""
     url = f"http://127.0.0.1:{tap.port}/{database}?flush_interval=60"
-    return {"influx_databases": {"metrics": url}, "influx_task_points": False}
+    return {"influx_databases": {"metrics": url}}
 
 
 def count(store: redis.Redis, key: str) -> int:
@@ -494,6 +494,8 @@ def test_processes_that_tasks_start_send_their_own_points(
     ):
         assert influxd.count(measurement, "number", database) == number, measurement
         assert tap.count(measurement) == number, measurement
+    tasks = works + forks + spawns + programs
+    assert influxd.count("celery_task", "runtime", database) == tasks
     of_children = [lines for lines in tap.connections() if "child" in dict(lines)]
     assert len(of_children) == senders
     assert all(len(owners(lines)) == 1 for lines in of_children)
@@ -556,6 +558,7 @@ def test_detached_workers_send_all_that_their_tasks_made(
     wait_for(lambda: not any(map(alive, pids)), 10, "all have ended")
     assert len(store.smembers("pids")) == 2 * nodes
     assert influxd.count("work", "number", database) == tap.count("work") == 500
+    assert influxd.count("celery_task", "runtime", database) == 100
     assert is_clean(log_of(tmp_path)), log_of(tmp_path)
 
 
@@ -582,6 +585,7 @@ def test_each_child_of_a_pool_has_a_slot_of_its_own(
 
     rows = influxd.rows("work", database)
     assert len(rows) == tap.count("work") == 5 * tasks
+    assert influxd.count("celery_task", "runtime", database) == tasks
     slots = {(row["pid"], row["time"] % 1_000) for row in rows}
     assert {str(pid) for pid, _ in slots} == store.smembers("pids")
     assert len(slots) == len({slot for _, slot in slots}) == concurrency
@@ -619,6 +623,7 @@ def test_a_pool_that_grows_shrinks_and_grows_again_loses_nothing(
     assert sizes == [6, 1, 6]
     assert len(store.smembers("pids")) > 6
     assert influxd.count("work", "number", database) == tap.count("work") == 600
+    assert influxd.count("celery_task", "runtime", database) == 120
     assert is_clean(worker.log()), worker.log()
 
 
@@ -647,4 +652,5 @@ def test_a_pool_that_is_restarted_loses_nothing(
 
     assert len(store.smembers("pids")) >= 4
     assert influxd.count("work", "number", database) == tap.count("work") == 600
+    assert influxd.count("celery_task", "runtime", database) == 120
     assert is_clean(worker.log()), worker.log()
