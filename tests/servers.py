@@ -167,6 +167,7 @@ class Influxd(Server):
         auth: Ask for credentials over HTTP. Create the first admin by ``query`` first.
         tls: (certificate, key) files: HTTP becomes HTTPS.
         udp_precision: The unit in which UDP timestamps are read: "", "u", "ms" or "s".
+        udp: Without it nobody listens on ``udp_port``, as in an InfluxDB that was just installed.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class Influxd(Server):
         tls: tuple[Path, Path] | None = None,
         udp_precision: str = "",
         max_body_size: int = 25_000_000,
+        udp: bool = True,
     ) -> None:
         super().__init__(folder)
         self.program = find("influxd")
@@ -188,6 +190,7 @@ class Influxd(Server):
         self.auth = auth
         self.tls = tls
         self.max_body_size = max_body_size
+        self.udp = udp
 
     def command(self) -> list[str]:
         tls = ""
@@ -213,6 +216,9 @@ log-enabled = false
 auth-enabled = {str(self.auth).lower()}
 max-body-size = {self.max_body_size}
 {tls}
+"""
+        if self.udp:
+            config += f"""
 [[udp]]
 enabled = true
 bind-address = "127.0.0.1:{self.udp_port}"

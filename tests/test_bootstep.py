@@ -19,6 +19,7 @@ from tests.integration.worker import Worker, environment, publisher, stats
 from tests.servers import Influxd, Redis, free_port, wait_for
 
 WARNINGS = re.compile(r"WARNING/MainProcess\] (celery_influx: .*)")
+COMPLAINTS = re.compile(r": (?:WARNING|ERROR|CRITICAL)/\S+\] (.*)")
 
 
 @pytest.fixture
@@ -123,6 +124,32 @@ def test_it_warns_once_where_nobody_listens_on_the_udp_port_and_starts_all_the_s
     assert "is the server's [[udp]] service on? See docs/how-to/enable-udp.md." in warning
 
 
+def test_with_influxdb_as_it_comes_a_worker_starts_and_one_warning_names_the_mend(
+    broker: str, sender: Celery, tmp_path: Path
+) -> None:
+    with Influxd(tmp_path / "influxd", udp=False) as server:
+        url = f"udp://127.0.0.1:{server.udp_port}?http_port={server.http_port}"
+        config = {"influx_databases": {"metrics": url}}
+
+        with Worker(tmp_path / "worker", "states", broker, config) as worker:
+            wait_for(lambda: warnings(worker), 10, "the warning")
+            assert stats(sender, worker)["metrics"]["points"] == 0
+            at_first = COMPLAINTS.findall(worker.log())
+            for lost in (1, 2):
+                assert sender.send_task("states.succeed", [4]).get(timeout=20) == 4
+                wait_for(lambda: stats(sender, worker)["metrics"]["lost"] == lost, 20)  # noqa: B023
+            assert worker.stop() == 0
+
+    (warning,) = at_first
+    said = f"metrics: udp://127.0.0.1:{server.udp_port} did not take the datagram (ECONNREFUSED"
+    assert warning.startswith(f"celery_influx: {said}")
+    assert "is the server's [[udp]] service on? See docs/how-to/enable-udp.md." in warning
+    # What is lost then is said once a minute, by the batcher.
+    (_, loss) = COMPLAINTS.findall(worker.log())
+    assert loss.startswith(said)
+    assert loss.endswith("; 1 lines lost")
+
+
 def test_it_warns_once_where_no_ping_is_answered(
     influxd: Influxd, broker: str, tmp_path: Path
 ) -> None:
@@ -148,6 +175,27 @@ def test_it_warns_once_where_no_ping_is_answered(
     assert "(dns: " in unknown
     assert web.startswith("celery_influx: web: no answer to a ping (")
     assert web.endswith("; points are lost until it answers")
+
+
+def test_a_worker_configured_in_a_namespace_sends_its_tasks_points(
+    influxd: Influxd, database: str, broker: str, sender: Celery, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}"
+    config = {
+        "CELERY_INFLUX_DATABASES": {"metrics": url},
+        "CELERY_INFLUX_TAGS": {"site": "here"},
+        "INFLUX_DATABASES": "another library's",
+    }
+
+    with Worker(tmp_path, "namespaced", broker, config) as worker:
+        assert sender.send_task("namespaced.succeed", [4]).get(timeout=20) == 4
+        assert worker.stop() == 0
+
+    (run,) = influxd.rows("celery_task", database)
+    assert (run["task"], run["state"]) == ("namespaced.succeed", "SUCCESS")
+    assert (run["site"], run["worker"]) == ("here", worker.name)
+    assert run["wait"] >= 0
+    assert warnings(worker) == []
 
 
 def test_switched_off_it_does_nothing(broker: str, sender: Celery, tmp_path: Path) -> None:

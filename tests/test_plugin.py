@@ -21,7 +21,7 @@ import celery_influx
 from celery_influx.counters import COUNTERS
 from celery_influx.plugin import find
 from tests.conftest import Receiver
-from tests.servers import wait_for
+from tests.servers import Influxd, free_port, wait_for
 
 
 def make_app(name: str = "app", **config: Any) -> Celery:
@@ -31,38 +31,48 @@ def make_app(name: str = "app", **config: Any) -> Celery:
     return app
 
 
+def _settings(url: str, namespace: str | None) -> dict[str, Any]:
+    """Two settings, by the names that they have in this namespace."""
+    settings = {"influx_databases": {"main": url}, "influx_tags": {"site": "here"}}
+    if namespace is None:
+        return settings
+    return {f"{namespace}_{name.upper()}": value for name, value in settings.items()}
+
+
 def _by_object(app: Celery, url: str, namespace: str | None) -> None:
-    name = f"{namespace}_INFLUX" if namespace else "influx"
-    settings = SimpleNamespace(
-        **{
-            f"{name}_databases" if not namespace else f"{name}_DATABASES": {"main": url},
-            f"{name}_tags" if not namespace else f"{name}_TAGS": {"site": "here"},
-        }
-    )
-    app.config_from_object(settings, namespace=namespace)
+    app.config_from_object(SimpleNamespace(**_settings(url, namespace)), namespace=namespace)
 
 
 def _by_keys(app: Celery, url: str, namespace: str | None) -> None:
-    app.conf.namespace = namespace
-    app.conf.influx_databases = {"main": url}
-    app.conf.influx_tags = {"site": "here"}
+    for name, value in _settings(url, namespace).items():
+        setattr(app.conf, name, value)
+
+
+def _by_keys_without_prefix(app: Celery, url: str, namespace: str | None) -> None:
+    for name, value in _settings(url, None).items():
+        setattr(app.conf, name, value)
 
 
 def _by_update_after_object(app: Celery, url: str, namespace: str | None) -> None:
     app.config_from_object(SimpleNamespace(), namespace=namespace)
-    app.conf.update(influx_databases={"main": url}, influx_tags={"site": "here"})
+    app.conf.update(_settings(url, None))
+
+
+#: These take the namespace from ``Celery(namespace=…)``; the others give it to the app.
+_WITHOUT_OBJECT = (_by_keys, _by_keys_without_prefix)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("namespace", [None, "CELERY"])
-@pytest.mark.parametrize("configure", [_by_object, _by_keys, _by_update_after_object])
+@pytest.mark.parametrize("configure", [_by_object, *_WITHOUT_OBJECT, _by_update_after_object])
 def test_install_may_come_before_or_after_the_configuration_with_a_namespace_or_without(
     when: str,
     namespace: str | None,
     configure: Callable[[Celery, str, str | None], None],
     receiver: Receiver,
 ) -> None:
-    app = make_app() if configure is not _by_object else Celery("app", set_as_current=False)
+    of_app = namespace if configure in _WITHOUT_OBJECT else None
+    app = Celery("app", set_as_current=False, namespace=of_app)
     if when == "before":
         celery_influx.install(app)
     configure(app, receiver.url, namespace)
@@ -71,6 +81,7 @@ def test_install_may_come_before_or_after_the_configuration_with_a_namespace_or_
 
     app.influx.send_data({"measurement": "m", "fields": {"f": 1}})
 
+    assert app.conf.prefix == (f"{namespace}_" if namespace else None)
     assert app.influx.flush()
     (point,) = receiver.points("m", at_least=1)
     assert point.tags is not None
@@ -264,6 +275,33 @@ def test_the_default_database_answers_for_the_plugin(
     assert influx.close()
     assert [point.fields["f"] for point in other_receiver.points("m", at_least=1)] == [1]
     assert [point.fields["f"] for point in receiver.points("m", at_least=2)] == [2, 3]
+
+
+def test_the_default_database_is_flushed_pinged_queried_and_posted_to_though_another_is_first(
+    influxd: Influxd, database: str
+) -> None:
+    # So long an interval that only the flush sends.
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=600"
+    closed = f"http://127.0.0.1:{free_port()}/x"
+    app = make_app(
+        influx_databases={"first": closed, "second": url}, influx_default_database="second"
+    )
+    influx = celery_influx.install(app)
+    influx.send_data({"measurement": "m", "fields": {"f": 1}})
+    assert influxd.count("m", "f", database) == 0
+
+    flushed = influx.flush()
+    stored = influxd.count("m", "f", database)
+    ping = influx.ping()
+    found = influx.query("SELECT f FROM m")
+    influx.post("DROP MEASUREMENT m")
+
+    assert flushed
+    assert stored == 1
+    assert ping.version.startswith("1.")
+    assert [row["f"] for row in found.rows()] == [1]
+    assert influxd.count("m", "f", database) == 0
+    assert influx.close()
 
 
 def test_switched_off_it_does_nothing(receiver: Receiver) -> None:

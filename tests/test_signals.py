@@ -281,6 +281,36 @@ def test_an_app_without_the_plugin_gets_no_point_and_its_messages_work_as_before
     assert [point.tags["task"] for point in points if point.tags] == ["ours"]
 
 
+def test_two_apps_in_one_process_keep_their_task_points_apart(
+    receiver: Receiver, other_receiver: Receiver
+) -> None:
+    one = make_app(influx_databases={"main": receiver.url}, influx_task_ids=True)
+    two = make_app(influx_databases={"main": other_receiver.url})
+    celery_influx.install(one)
+    celery_influx.install(two)
+    # Tasks of one name, so that only the app tells them apart.
+    tasks = [giving(one, "t", 1), giving(two, "t", 2)]
+    past = datetime.now(timezone.utc) - timedelta(seconds=5)
+
+    for app, task in zip((one, two), tasks, strict=True):
+        app.send_task("unknown")
+        task.apply_async(expires=past)
+    results = [task.delay() for task in tasks]
+    with working(one):
+        assert results[0].get(timeout=10) == 1
+    with working(two):
+        assert results[1].get(timeout=10) == 2
+
+    for app, where in ((one, receiver), (two, other_receiver)):
+        assert app.influx.flush()
+        points = where.points("celery_task", at_least=3)
+        tags = [point.tags or {} for point in points]
+        assert [each["state"] for each in tags] == ["REJECTED", "REVOKED", "SUCCESS"]
+        assert {each["queue"] for each in tags} == {app.conf.task_default_queue}
+        assert app.influx.stats()["main"]["points"] == 3
+        assert all(("id" in point.fields) == (app is one) for point in points)
+
+
 def test_a_task_that_wants_none_and_an_app_that_wants_none_get_no_points(
     receiver: Receiver,
 ) -> None:

@@ -494,18 +494,38 @@ def test_methods_are_timed_with_their_object(timers: Any) -> None:
     assert [timer for timer, _, _ in outcomes(timers(3))] == ["method", "static", "class"]
 
 
+@shared_task(name="shared-where-no-plugin-is")
+@celery_influx.timed("shared")
+def timed_shared(number: int) -> int:
+    """A timer below a shared task."""
+    return number
+
+
+def _time_a_block() -> None:
+    with celery_influx.timed("t"):
+        pass
+
+
+def _run_a_shared_task() -> None:
+    assert timed_shared.apply(args=(3,)).get() == 3
+
+
+def _call_a_shared_task() -> None:
+    assert timed_shared(4) == 4
+
+
+@pytest.mark.parametrize("use", [_time_a_block, _run_a_shared_task, _call_a_shared_task])
 def test_where_the_current_app_has_no_plugin_one_warning_says_so(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    use: Callable[[], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = Celery("lonely", broker="memory://")
+    without = Celery("lonely", broker="memory://", backend="cache+memory://")
     without.set_default()
     without.set_current()
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(timing, "_report", Report(logging.getLogger("celery_influx.timing")))
 
     for _ in range(3):
-        with celery_influx.timed("t"):
-            pass
+        use()
 
     (record,) = caplog.records
     assert record.levelname == "WARNING"

@@ -5,6 +5,9 @@ What the tasks themselves counted in Redis is compared with what InfluxDB counts
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -365,24 +368,92 @@ def test_timers_above_and_below_a_task_write_one_point_for_each_run(running: Run
     assert {row["worker"] for row in rows} == {running.worker.name}
 
 
-def test_helper_tasks_answer_by_name_with_plain_json_values(running: Running) -> None:
-    call = running.sender.send_task
-    (row,) = running.runs(running.send("succeed").id, at_least=1)
+def call_here(broker: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a task by name with an app that has the plugin; its result."""
+    app = publisher(broker)
+    celery_influx.install(app)
+    try:
+        return app.send_task(name, args, kwargs).get(timeout=20)
+    finally:
+        app.close()
 
-    ping = call("celery_influx.ping").get(timeout=20)
-    answer = call(
-        "celery_influx.query",
-        ["SELECT state, retries FROM celery_task WHERE id = $id"],
-        {"params": {"id": row["id"]}},
-    ).get(timeout=20)
-    elsewhere = call("celery_influx.query", ["SELECT state FROM celery_task", "other"])
+
+CALLER = """
+import json, sys
+from celery import Celery
+
+broker, name, args, kwargs = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+app = Celery(broker=broker, backend=broker)
+result = app.send_task(name, args, kwargs).get(timeout=20)
+assert not [each for each in sys.modules if each.startswith("celery_influx")]
+print(json.dumps(result))
+"""
+
+
+def call_from_a_process_without_the_plugin(
+    broker: str, name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a task by name in a process that knows Celery and nothing of ours; its result."""
+    run = subprocess.run(
+        [sys.executable, "-c", CALLER, broker, name, json.dumps(args), json.dumps(kwargs)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("call", [call_here, call_from_a_process_without_the_plugin])
+def test_helper_tasks_answer_by_name_with_plain_json_values(call: Any, running: Running) -> None:
+    (row,) = running.runs(running.send("succeed").id, at_least=1)
+    statement = "SELECT state, retries FROM celery_task WHERE id = $id"
+    params = {"id": row["id"]}
+
+    ping = call(running.broker, "celery_influx.ping")
+    answer = call(running.broker, "celery_influx.query", statement, params=params)
+    elsewhere = call(
+        running.broker, "celery_influx.query", "SELECT state FROM celery_task", "other"
+    )
 
     assert ping["version"].startswith("1.")
     assert 0 < ping["seconds"] < 5
     (series,) = answer["series"]
     assert series["columns"] == ["time", "state", "retries"]
     assert series["values"] == [[row["time"], "SUCCESS", 0]]
-    assert elsewhere.get(timeout=20)["series"] == []
+    assert elsewhere["series"] == []
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_process_without_the_plugin_may_change_data_where_post_is_allowed(
+    pool: str, influxd: Influxd, database: str, broker: str, tmp_path: Path
+) -> None:
+    call = call_from_a_process_without_the_plugin
+    made = f"{database}-made-by-post"
+    other = f"{database}-other"
+    influxd.query(f'CREATE DATABASE "{other}"')
+    for each in (database, other):
+        influxd.write(b"gone f=1 1\nkept f=1 1", each)
+    url = f"http://127.0.0.1:{influxd.http_port}"
+    config = {
+        "influx_databases": {"main": f"{url}/{database}", "other": f"{url}/{other}"},
+        "influx_allow_post": True,
+        "influx_task_points": False,
+    }
+
+    with Worker(tmp_path, "states", broker, config, pool=pool) as worker:
+        dropped = call(broker, "celery_influx.post", "DROP MEASUREMENT gone")
+        created = call(broker, "celery_influx.post", f'CREATE DATABASE "{made}"')
+        here = [series["name"] for series in influxd.query("SELECT * FROM gone, kept", database)]
+        there = [series["name"] for series in influxd.query("SELECT * FROM gone, kept", other)]
+        call(broker, "celery_influx.post", "DROP MEASUREMENT gone", "other")
+        assert worker.stop() == 0
+
+    assert dropped == created == {"series": [], "partial": False, "messages": []}
+    assert (here, there) == (["kept"], ["gone", "kept"])
+    assert influxd.count("gone", "f", other) == 0
+    (names,) = influxd.query("SHOW DATABASES")
+    assert [made] in names["values"]
 
 
 def test_helper_tasks_fail_by_name_and_with_the_reason(running: Running) -> None:
