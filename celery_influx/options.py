@@ -274,7 +274,10 @@ def load(settings: Mapping[str, Any]) -> Options:
         if key in by_key:
             _take(values, by_key[key], value, key, mistakes)
         else:
-            mistakes.append(f"unknown setting {key!r}{_did_you_mean(key, by_key)}")
+            hint = _did_you_mean(key, by_key)
+            if key.startswith("celery_influx_"):
+                hint += " The prefix is read only where the app has namespace='CELERY'"
+            mistakes.append(f"unknown setting {key!r}{hint}")
     unread = "influx_databases" in settings and "databases" not in values
     databases = {
         name: _database(name, entry, mistakes)

@@ -448,7 +448,8 @@ def _settings(app: Celery) -> dict[str, Any]:
             name = name[len(prefix) :]
         elif prefix and name != key:
             continue  # Django's setting for something else: INFLUX_HOST, for instance
-        if name.startswith("influx_"):
+        # With Django's prefix and no namespace="CELERY" nothing would come of it, without a word.
+        if name.startswith(("influx_", "celery_influx_")):
             found[name] = app.conf.get(name, app.conf.get(key))
     return found
 

@@ -19,6 +19,7 @@ from kombu import Exchange, Queue
 
 import celery_influx
 from celery_influx.counters import COUNTERS
+from celery_influx.errors import ConfigError
 from celery_influx.plugin import find
 from tests.conftest import Receiver
 from tests.servers import Influxd, free_port, wait_for
@@ -275,6 +276,19 @@ def test_the_default_database_answers_for_the_plugin(
     assert influx.close()
     assert [point.fields["f"] for point in other_receiver.points("m", at_least=1)] == [1]
     assert [point.fields["f"] for point in receiver.points("m", at_least=2)] == [2, 3]
+
+
+def test_a_prefix_without_its_namespace_is_a_mistake_and_not_silently_nothing() -> None:
+    app = Celery("prefixed", set_as_current=False)
+    app.config_from_object({"CELERY_INFLUX_DATABASES": {"metrics": "udp://metrics"}})
+
+    with pytest.raises(ConfigError) as error:
+        celery_influx.install(app).stats()
+
+    assert str(error.value) == (
+        "unknown setting 'celery_influx_databases'; did you mean 'influx_databases'? The prefix is "
+        "read only where the app has namespace='CELERY'"
+    )
 
 
 def test_the_default_database_is_flushed_pinged_queried_and_posted_to_though_another_is_first(
