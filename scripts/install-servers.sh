@@ -1,11 +1,12 @@
 #!/bin/sh
-# Install the real servers that the tests drive, from Debian's packages, where they are missing.
-# The tests start them themselves, on free ports and with data folders of their own.
+# Install the real servers that the tests drive, and two tools that they use, from Debian's
+# packages, where they are missing. The tests start the servers themselves, on free ports and with
+# data folders of their own.
 set -eu
 
 packages=""
 for pair in influxd:influxdb redis-server:redis-server rabbitmq-server:rabbitmq-server \
-    victoria-metrics:victoria-metrics ip:iproute2; do
+    victoria-metrics:victoria-metrics ip:iproute2 openssl:openssl; do
     PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null || packages="$packages ${pair##*:}"
 done
 [ -n "$packages" ] || exit 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -562,6 +563,49 @@ def test_a_refused_port_is_counted_as_lost_and_sending_resumes(make, server: Ser
         database.send_data(WHOLE)
         assert database.flush(5) is True
     assert account(database) == {"points": 4, "lost": 3, "sent": 1}
+
+
+class Failing(socket.socket):
+    """A socket like any other, but that ``send`` fails while there is a ``code``."""
+
+    code = 0
+
+    def send(self, data: bytes, *flags: int) -> int:  # type: ignore[override]
+        if self.code:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().send(data, *flags)
+
+
+@pytest.mark.parametrize("name", ["ENOBUFS", "EHOSTUNREACH", "ENETUNREACH", "EMSGSIZE"])
+def test_what_the_network_refuses_is_counted_as_lost_said_once_and_sending_resumes(
+    name: str,
+    make,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(socket, "socket", Failing)
+    database = make(flush_interval=60)
+    database.send_data(WHOLE)
+    assert database.flush(5) is True
+
+    monkeypatch.setattr(Failing, "code", getattr(errno, name))
+    for points in ([WHOLE] * 2, [WHOLE], [WHOLE] * 4):
+        database.send_data(points)
+        assert database.flush(5) is False
+    assert account(database) == {"points": 8, "sent": 1, "lost": 7}
+    assert database.stats()["errors"] == 3
+
+    monkeypatch.setattr(Failing, "code", 0)
+    database.send_data([WHOLE] * 2)
+    assert database.flush(5) is True
+    assert account(database) == {"points": 10, "sent": 3, "lost": 7}
+    assert database.stats()["errors"] == 3
+    assert len(server.points(3)) == 3
+    (said,) = [record.getMessage() for record in caplog.records]
+    address = f"m: udp://127.0.0.1:{server.port} did not take the datagram ({name}: "
+    assert said.startswith(address)
+    assert said.endswith("; 2 lines lost")
 
 
 # -- open and closed ---------------------------------------------------------------------------

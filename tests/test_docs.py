@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import celery_influx
+from celery_influx.listener import Listener
 from tests.integration.worker import Worker, publisher
-from tests.servers import Influxd, Redis
+from tests.servers import Influxd, Redis, wait_for
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -82,6 +83,56 @@ def test_the_code_blocks_of_the_page_run_with_a_server_and_a_worker(
 
     printed = "celery_task {'queue': 'images'} ['time', 'mean'] [["
     assert capsys.readouterr().out.startswith(printed)
+
+
+class Pasted(Worker):
+    """``celery -A shop worker``, of a module ``shop`` in its folder with just this code."""
+
+    def __init__(self, folder: Path, code: str, broker: str) -> None:
+        super().__init__(folder, "", broker)
+        (folder / "shop.py").write_text(code)
+        self._command[self._command.index("-A") + 1] = "shop"
+
+    def start(self) -> None:
+        """Start it and wait until its log says that it takes tasks."""
+        process = self.launch()
+
+        def ready() -> bool:
+            assert process.poll() is None, self.log()
+            return f"{self.name} ready." in self.log()
+
+        wait_for(ready, 40, "the worker is ready")
+
+
+def test_the_first_lines_of_the_readme_measure_a_task_of_a_real_worker(
+    broker: str, tmp_path: Path
+) -> None:
+    first, where, *_ = RUNNING[ROOT / "README.md"]
+    assert len([line for line in first.splitlines() if line]) == 6
+    assert first.count('"redis://localhost"') == where.count('"udp://influx.example:8089"') == 1
+
+    with Listener() as listener:
+        code = first.replace("redis://localhost", broker) + where.replace(
+            "udp://influx.example:8089", f"{listener.udp_url}?http_port={listener.http_port}"
+        )
+        app = publisher(broker)
+        with Pasted(tmp_path, code, broker) as worker:
+            for number in range(3):
+                app.send_task("shop.resize", [f"{number}.jpg"])
+            wait_for(lambda: listener.count("resized") == 3, 20, "the tasks' own points")
+            wait_for(lambda: listener.count("celery_task") == 3, 20, "the runs' points")
+        log = worker.log()
+        app.close()
+
+        own, runs = listener.points("resized"), listener.points("celery_task")
+        assert [point.fields for point in own] == [{"bytes": 4711}] * 3
+        assert [(point.tags["task"], point.tags["state"]) for point in runs] == [
+            ("shop.resize", "SUCCESS")
+        ] * 3
+        assert all(point.fields["runtime"] > 0 for point in runs)
+        assert listener.refused == []
+    assert "WARNING" not in log.partition("shop.resize")[2]
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ident)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import pty
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,17 +49,49 @@ def lines_of(output: str) -> dict[str, list[str]]:
     return {line[0]: line[1:] for line in cells if len(line) > 1}
 
 
+def goes_wrong() -> dict[str, int]:
+    """Of the files that a run of ``FILES`` works on: how many each task fails for, or retries."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(str(file) for file in library.rglob("*.py") if "-packages" not in str(file))
+    random.Random(1).shuffle(files)
+    found = {"parse": 0, "count_words": 0, "compress": 0}
+    for file in files[:FILES]:
+        data = Path(file).read_bytes()
+        found["count_words"] += not data.isascii()
+        found["compress"] += zlib.crc32(file.encode()) % 10 == 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ast.parse(data.decode("utf-8"))
+        except (SyntaxError, ValueError):
+            found["parse"] += 1
+    return found
+
+
+def read_number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
 def check_tables(output: str) -> None:
     lines = lines_of(output)
+    wrong = goes_wrong()
     for task in ("parse", "count_words", "digest"):
         assert int(lines[task][0]) == FILES
         assert int(lines[task][2]) == 0
     retried = int(lines["compress"][2])
     assert int(lines["compress"][0]) == FILES + retried
     assert int(lines["report"][0]) == REPORTS
-    assert float(lines["parse"][3]) > 0  # runtime
+    assert retried == wrong["compress"]
+    for task in ("parse", "count_words", "digest", "compress"):
+        _, _, _, *times = map(read_number, lines[task])
+        assert len(times) == 4
+        assert min(times) > 0  # runtime and wait, each the median and 95 %
     failed = {task: int(lines[task][1]) for task in ("parse", "count_words", "digest", "compress")}
-    assert failed["digest"] == failed["compress"] == 0
+    assert failed == {**wrong, "digest": 0, "compress": 0}
+    # Else what was just compared is nothing.
+    assert retried > 0
+    assert failed["count_words"] > 0
+    assert int(lines["timed read"][1]) == failed["count_words"]
     assert int(lines["words"][0]) == FILES - failed["count_words"]
     assert int(lines["source_file"][0]) == FILES - failed["parse"]
     assert int(lines["compressed"][0]) == int(lines["timed deflate"][0]) == FILES
@@ -63,6 +101,7 @@ def check_tables(output: str) -> None:
     runs = 4 * FILES + retried + REPORTS
     own = 6 * FILES + 2 * REPORTS - failed["count_words"] - failed["parse"]
     total = runs + own
+    assert "\nthe worker is starting\n" in output
     assert lines["the tasks' own count"] == [str(total)]
     assert lines["arrived"] == [str(total)]
     worker, program = lines["the worker"], lines["this program"]
@@ -142,6 +181,44 @@ def test_what_cannot_start_is_said_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+PROGRESS = r"[\d,]+ tasks have ended, [\d,]+ are on their way"
+
+
+def test_progress_is_a_line_now_and_then(tmp_path: Path) -> None:
+    done = run(tmp_path, "--seconds", "6")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"\nthe worker is starting\n({PROGRESS}; \d s left\n)+", done.stdout)
+    assert "\r" not in done.stdout
+
+
+def test_on_a_terminal_progress_is_one_line_that_changes_and_goes_away(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "--files", "10"],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
+        stdin=end,
+        stdout=end,
+        stderr=end,
+    ) as process:
+        os.close(end)
+        output = b""
+        with contextlib.suppress(OSError):  # EIO: nobody writes any more
+            while part := os.read(terminal, 65_536):
+                output += part
+        os.close(terminal)
+        assert process.wait(30) == 0
+
+    shown = output.decode().split("\r\x1b[K")
+    assert "the worker is starting" in shown
+    ended = [text for text in shown if re.fullmatch(PROGRESS, text)]
+    assert len(set(ended)) > 1
+    assert ended[-1] == "41 tasks have ended, 0 are on their way"
+    assert shown[-1].startswith("\r\n")
+    assert "none lost." in shown[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
     with working(tmp_path) as process:
@@ -182,7 +259,9 @@ def working(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             wait_for(lambda: [t for t in tmp_path.glob("*/tally") if "task" in t.read_text()], 30)
             yield process
         finally:
-            process.kill()
+            if process.poll() is None:  # the test has failed
+                for pid in (process.pid, *workers_of(process.pid)):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def workers_of(pid: int) -> list[int]:

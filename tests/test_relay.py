@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -19,6 +20,8 @@ import pytest
 from celery_influx.relay import START, Relay
 from celery_influx.runs import Runs, start_frame
 from tests.servers import wait_for
+
+F_GETPIPE_SZ = getattr(fcntl, "F_GETPIPE_SZ", 1032)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
 
@@ -97,13 +100,17 @@ def exit_code(pid: int, timeout: float = 30) -> int:
     return os.waitstatus_to_exitcode(status[0])
 
 
+LONGEST = 60_000
+
+
 def line_of(writer: int, number: int) -> bytes:
-    """A line of 1 to 60,000 bytes that tells whether it is whole; newlines in it."""
+    """A line of 1 to ``LONGEST`` bytes that tells whether it is whole; newlines in it."""
     rng = random.Random(writer * 1_000_003 + number)
     if number % 10 == 0:
         return bytes([rng.randrange(256)])
-    size = rng.choice((10, 100, 4_000, 4_087, 4_088, 4_089, 8_172, 20_000, 59_900))
-    body = b"%d %d\n" % (writer, number) + rng.randbytes(size) + b"\n"
+    size = rng.choice((10, 100, 4_000, 4_087, 4_088, 4_089, 8_172, 20_000, LONGEST))
+    head = b"%d %d\n" % (writer, number)
+    body = head + rng.randbytes(min(size, LONGEST - 33 - len(head))) + b"\n"
     return hashlib.sha256(body).digest() + body
 
 
@@ -139,8 +146,10 @@ def test_every_line_of_four_children_writing_at_once_arrives_whole_and_once(
             line_of(writer, number) for writer in (database, database + 2) for number in range(250)
         ]
         assert sorted(sink.lines[database]) == sorted(expected)
-        assert 1 in map(len, expected)
-        assert max(map(len, expected)) > 59_000
+        sizes = [len(line) for line in expected]
+        assert min(sizes) == 1
+        assert max(sizes) == LONGEST
+        assert sizes.count(LONGEST) > 20
     assert sink.lost == []
 
 
@@ -312,6 +321,93 @@ def test_the_line_that_a_killed_child_was_in_the_middle_of_is_counted_once(
 
     assert sink.lost == [5]
     assert sink.lines == ({} if then == "close" else {1: [b"y" * 60_000] * 3})
+
+
+# -- dead children -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(relay: Relay, sink: Sink) -> Relay:
+    """A relay that looks for dead children before each read, and judges at the next look."""
+    runs = Runs(sink.write, patience=0.0)
+    runs.INTERVAL = 0.0
+    relay._runs = runs
+    return relay
+
+
+def write_run(relay: Relay, lines: int, *, ends: bool) -> None:
+    """In a child: a run that starts, writes so many lines of 1,000 bytes, and perhaps ends."""
+    relay.after_fork()
+    assert relay.put(0, start_frame("a", time.time_ns(), {"task": "a"}, {}, False), START)
+    for number in range(lines):
+        assert relay.put(0, b"%4d" % number + b"." * 996)
+    if ends:
+        assert relay.put_end(1, b"the end")
+        assert not relay._owed
+
+
+# Of 700 lines START is in the first read of 262,144 bytes, END in the third.
+@pytest.mark.parametrize("lines", [0, 300, 700])
+@pytest.mark.parametrize("ends", [True, False], ids=["it ended", "it was killed"])
+def test_all_that_a_dead_child_wrote_is_read_before_its_run_is_judged(
+    hasty: Relay, sink: Sink, lines: int, ends: bool
+) -> None:
+    if fcntl.fcntl(hasty._write_fd, F_GETPIPE_SZ) < 1_048_576:
+        pytest.skip("this user's pipes have used up what Linux gives them")
+    read_before: list[int] = []
+
+    def write(tags: dict[str, object], fields: dict[str, object]) -> None:
+        read_before.append(len(sink.lines.get(0, [])))
+        sink.write(tags, fields)
+
+    hasty._runs._write = write
+    assert exit_code(fork(lambda: write_run(hasty, lines, ends=ends))) == 0
+
+    hasty.start()
+    if not ends:
+        wait_for(lambda: sink.killed, 10, "the killed run's point")
+    assert hasty.sync(10)
+    assert hasty.close(5)
+
+    assert len(sink.lines.get(0, [])) == lines
+    assert sink.lines.get(1, []) == [b"the end"] * ends
+    assert read_before == [lines] * (not ends)
+    assert [(tags["task"], tags["state"], tags["exception"]) for tags, _ in sink.killed] == (
+        [] if ends else [("a", "FAILURE", "WorkerLostError")]
+    )
+
+
+def test_what_a_child_writes_just_before_it_is_found_dead_is_read_before_it_is_judged(
+    hasty: Relay, sink: Sink
+) -> None:
+    go_on = os.pipe()
+
+    def be_slow() -> None:
+        hasty.after_fork()
+        assert hasty.put(0, start_frame("a", time.time_ns(), {"task": "a"}, {}, False), START)
+        os.read(go_on[0], 1)
+        assert hasty.put_end(1, b"the end")
+
+    def gone(pid: int) -> bool:
+        """It ends right after the reader has read all there was, and has begun to look again."""
+        if not codes:
+            os.write(go_on[1], b".")
+            codes.append(exit_code(pid))
+        return True
+
+    codes: list[int] = []
+    hasty._runs._gone = gone
+    fork(be_slow)
+    hasty.start()
+    wait_for(lambda: codes, 10, "a look at the children")
+    assert hasty.sync(10)
+    assert hasty.close(5)
+    for fd in go_on:
+        os.close(fd)
+
+    assert codes == [0]
+    assert sink.lines == {1: [b"the end"]}
+    assert sink.killed == []
 
 
 # -- a full pipe -------------------------------------------------------------------------------

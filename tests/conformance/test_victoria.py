@@ -1,0 +1,180 @@
+"""What VictoriaMetrics stores of a Database's points, read back by its export.
+
+A series is named ``measurement_field``, times are in ms, and every value is a number.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from celery_influx.database import Database
+from celery_influx.options import DatabaseOptions
+from celery_influx.point import Point
+from tests.servers import VictoriaMetrics, wait_for
+
+pytestmark = pytest.mark.once
+
+#: A whole ms of just now: it keeps no others, and takes no points from outside its retention.
+NOW = time.time_ns() // 10**6 * 10**6
+#: Series → (time in ms, value); a series is its name and its labels.
+Series = dict[tuple[str, frozenset[tuple[str, str]]], list[tuple[int, float]]]
+
+
+@pytest.fixture(scope="module")
+def victoria(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VictoriaMetrics]:
+    """One for this module; each test's points have a tag of their own."""
+    with VictoriaMetrics(tmp_path_factory.mktemp("victoria")) as server:
+        yield server
+
+
+@pytest.fixture(params=["http", "udp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+_runs = iter(range(1_000))
+
+
+class Sent:
+    """Points sent by one Database, and all series that came of them."""
+
+    def __init__(self, server: VictoriaMetrics, transport: str) -> None:
+        self._url = f"http://127.0.0.1:{server.http_port}"
+        self._run = f"run{next(_runs)}"
+        ports = {"http_port": server.http_port, "udp_port": server.udp_port}
+        self._database = Database(
+            DatabaseOptions(
+                name="m", host="127.0.0.1", database="shop", transport=transport, **ports
+            ),
+            tags={"run": self._run},
+        )
+        #: Over HTTP the database's name becomes a label, too; a datagram does not say it.
+        self._more = {"run": self._run} | ({"db": "shop"} if transport == "http" else {})
+
+    def send(self, *points: Point) -> None:
+        """Send them, and one point last, after which all are stored or never will be."""
+        self._database.send_data([*points, Point("last", {"f": 1}, None, NOW)])
+        assert self._database.flush(5)
+        stats = self._database.stats()
+        assert (stats["sent"], stats["payloads"]) == (len(points) + 1, 1)
+        self._database.close()
+
+    def stored(self) -> Series:
+        """All series but the last point's, without the labels that are on every one of them."""
+
+        def read() -> Series | None:
+            requests.get(f"{self._url}/internal/force_flush", timeout=10)
+            answer = requests.get(
+                f"{self._url}/api/v1/export",
+                params={"match[]": f'{{run="{self._run}"}}'},
+                timeout=10,
+            )
+            found: Series = {}
+            for row in map(json.loads, answer.text.splitlines()):
+                labels: dict[str, Any] = row["metric"]
+                name = labels.pop("__name__")
+                for key, value in self._more.items():
+                    assert labels.pop(key) == value
+                pairs = list(zip(row["timestamps"], row["values"], strict=True))
+                found[name, frozenset(labels.items())] = pairs
+            return found if found.pop(("last_f", frozenset()), None) else None
+
+        found = wait_for(read, 20, "the last point")
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture
+def sent(victoria: VictoriaMetrics, transport: str) -> Sent:
+    return Sent(victoria, transport)
+
+
+def series(name: str, value: float, ms: int = 0, /, **labels: str) -> Series:
+    return {(name, frozenset(labels.items())): [(NOW // 10**6 + ms, value)]}
+
+
+def test_numbers_are_stored_as_given(sent: Sent) -> None:
+    numbers = {"a": 1.5, "b": 7, "c": -3, "d": 0.1, "e": 1e-9, "f": -1.25e15, "g": 2**53}
+
+    sent.send(Point("m", {**numbers, "yes": True, "no": False}, {"t": "v"}, NOW))
+
+    expected: Series = {}
+    for key, value in {**numbers, "yes": 1, "no": 0}.items():
+        expected |= series(f"m_{key}", value, t="v")
+    assert sent.stored() == expected
+
+
+def test_times_are_rounded_down_to_milliseconds(sent: Sent) -> None:
+    sent.send(
+        Point("m", {"f": 1}, None, NOW - 60_000_000_000 + 999_999),
+        Point("n", {"f": 2}, None, NOW - 1),
+    )
+
+    assert sent.stored() == {**series("m_f", 1, -60_000), **series("n_f", 2, -1)}
+
+
+def test_what_is_escaped_in_names_and_tags_is_stored_unescaped(sent: Sent) -> None:
+    tags = {
+        "a b,c=d": "x y,z=w",
+        "quote": 'say "so"',
+        "backslash": "c:\\temp\\x",
+        "größe": "ß ☃",
+    }
+
+    sent.send(
+        Point("m x,y", {"f g,h=i": 2.5}, tags, NOW),
+        Point("n=o.p-q", {"f": 3}, {"t": "="}, NOW),
+    )
+
+    assert sent.stored() == {
+        **series("m x,y_f g,h=i", 2.5, **tags),
+        **series("n=o.p-q_f", 3, t="="),
+    }
+
+
+def test_a_string_is_stored_as_nought_or_as_the_number_that_it_spells(sent: Sent) -> None:
+    sent.send(
+        Point("m", {"f": 1.5, "text": 'a "b", c=d e', "digits": "12"}, None, NOW),
+        Point("only", {"text": "words"}, None, NOW),
+    )
+
+    assert sent.stored() == {
+        **series("m_f", 1.5),
+        **series("m_text", 0),
+        **series("m_digits", 12),
+        **series("only_text", 0),
+    }
+
+
+def test_a_string_with_a_newline_costs_its_own_point_only(sent: Sent) -> None:
+    sent.send(
+        Point("before", {"f": 1}, None, NOW),
+        Point("m", {"f": 1, "text": "a\nb"}, None, NOW),
+        Point("after", {"f": 2}, None, NOW),
+    )
+
+    assert sent.stored() == {**series("before_f", 1), **series("after_f", 2)}
+
+
+def test_the_point_of_a_tasks_run_is_stored_with_all_its_numbers(sent: Sent) -> None:
+    tags = {
+        "task": "shop.resize",
+        "queue": "images",
+        "worker": "w@host",
+        "state": "FAILURE",
+        "exception": "ValueError",
+    }
+    fields = {"runtime": 0.25, "wait": 0.001, "cpu": 0.125, "retries": 2, "age": 1.5}
+
+    sent.send(Point("celery_task", fields, tags, NOW))
+
+    expected: Series = {}
+    for key, value in fields.items():
+        expected |= series(f"celery_task_{key}", value, **tags)
+    assert sent.stored() == expected
