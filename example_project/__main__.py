@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import sysconfig
 import tempfile
@@ -28,7 +27,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=13, help="how long to work; default: 13")
     parser.add_argument("--files", type=int, help="work on this many files instead")
     options = parser.parse_args()
-    stage.interrupt(signal.default_int_handler)
+    stage.interrupt(stage.stop)
     folder = Path(tempfile.mkdtemp(prefix="celery_influx_example_"))
     os.environ["EXAMPLE_FOLDER"] = str(folder)
     os.environ["BROKER"] = os.environ.get("BROKER") or f"folder://{folder}/queue"

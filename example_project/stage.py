@@ -81,7 +81,16 @@ def worker(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        interrupt(signal.default_int_handler)
+        interrupt(stop)
+
+
+_stopped: list[int] = []
+
+
+def stop(number: int, _: FrameType | None) -> None:
+    """End the run, as Ctrl-C does; noted, for Python drops what is raised in some callbacks."""
+    _stopped.append(number)
+    raise KeyboardInterrupt
 
 
 def interrupt(handler: signal.Handlers | Callable[[int, FrameType | None], object]) -> None:
@@ -191,6 +200,8 @@ class Progress:
         """
         last, changed = "", time.monotonic()
         while not until():
+            if _stopped:
+                raise KeyboardInterrupt
             if self._process.poll() is not None:
                 raise FailedError(f"the worker ended with exit code {self._process.returncode}")
             now = text()

@@ -184,14 +184,6 @@ def test_what_cannot_start_is_said_in_one_line(
 PROGRESS = r"[\d,]+ tasks have ended, [\d,]+ are on their way"
 
 
-def test_progress_is_a_line_now_and_then(tmp_path: Path) -> None:
-    done = run(tmp_path, "--seconds", "6")
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(rf"\nthe worker is starting\n({PROGRESS}; \d s left\n)+", done.stdout)
-    assert "\r" not in done.stdout
-
-
 def test_on_a_terminal_progress_is_one_line_that_changes_and_goes_away(tmp_path: Path) -> None:
     terminal, end = pty.openpty()
     with subprocess.Popen(
