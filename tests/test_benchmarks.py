@@ -44,6 +44,7 @@ def test_send_data_is_measured_beside_every_peer():
     assert re.search(r"celery \d.*influxdb-client \d.*datadog \d.*statsd \d", output)
 
 
+@pytest.mark.long
 def test_every_worker_variant_is_measured_and_really_watched():
     find("redis-server")
     pytest.importorskip("opentelemetry.instrumentation.celery")

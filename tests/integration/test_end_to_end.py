@@ -54,8 +54,17 @@ def clean(influxd: Influxd) -> Any:
     return empty
 
 
-@pytest.mark.parametrize("scheme", ["udp", pytest.param("http", marks=pytest.mark.once)])
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize(
+    ("pool", "scheme"),
+    [
+        ("prefork", "udp"),
+        pytest.param("prefork", "http", marks=pytest.mark.once),
+        ("threads", "udp"),
+        pytest.param("solo", "http", marks=pytest.mark.once),
+        pytest.param("threads", "http", marks=pytest.mark.long),
+        pytest.param("solo", "udp", marks=pytest.mark.long),
+    ],
+)
 def test_influxdb_counts_what_the_tasks_counted(
     pool: str,
     scheme: str,
@@ -424,7 +433,10 @@ def test_helper_tasks_answer_by_name_with_plain_json_values(call: Any, running: 
     assert elsewhere["series"] == []
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize(
+    "pool",
+    ["prefork", *(pytest.param(pool, marks=pytest.mark.long) for pool in ("threads", "solo"))],
+)
 def test_a_process_without_the_plugin_may_change_data_where_post_is_allowed(
     pool: str, influxd: Influxd, database: str, broker: str, tmp_path: Path
 ) -> None:

@@ -174,7 +174,7 @@ def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(
     ("how", "pool", "timeout"),
     [
         ("warm", "prefork", 1.0),
-        ("warm", "threads", None),
+        pytest.param("warm", "threads", None, marks=pytest.mark.long),
         pytest.param("cold", "prefork", 1.0, marks=cold),
         ("cold", "solo", 1.0),
     ],

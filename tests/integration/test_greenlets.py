@@ -266,7 +266,9 @@ class Slow:
             each.close()
 
 
-@pytest.fixture(params=[0.2, None], ids=["slow", "never"])
+@pytest.fixture(
+    params=[pytest.param(0.2, marks=pytest.mark.long, id="slow"), pytest.param(None, id="never")]
+)
 def slow(request: pytest.FixtureRequest) -> Iterator[Slow]:
     """A server that answers late, and one that never does."""
     server = Slow(request.param)

@@ -164,11 +164,20 @@ def post_worker_init(worker):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("preload", [False, True], ids=["", "preload"])
-@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
+@pytest.mark.parametrize(
+    ("worker", "preload"),
+    [
+        ("sync", "preload"),
+        ("gthread", ""),
+        ("gevent", ""),
+        ("gevent", "preload"),
+        pytest.param("sync", "", marks=pytest.mark.long),
+        pytest.param("gthread", "preload", marks=pytest.mark.long),
+    ],
+)
 def test_web_processes_lose_no_point_and_send_none_twice(
     worker: str,
-    preload: bool,
+    preload: str,
     influxd: Influxd,
     database: str,
     tap: Tap,

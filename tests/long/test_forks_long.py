@@ -11,6 +11,7 @@ import pytest
 from tests.test_forks import KINDS, SCHEMES, Scene, fork_with_all_held
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and Linux's pipes"),
     pytest.mark.filterwarnings("ignore:This process"),
     pytest.mark.timeout(900),

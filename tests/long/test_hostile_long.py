@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
+import pytest
+
 from tests.conformance.hostile import SEED, sent
+
+pytestmark = pytest.mark.long
 
 
 def test_half_a_million_hostile_points_never_raise_and_never_break_a_neighbour() -> None:

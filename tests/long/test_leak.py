@@ -20,6 +20,7 @@ from tests.integration.worker import Worker, resident_kib, sending, stats
 from tests.servers import Influxd, wait_for
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
     pytest.mark.timeout(1_800),
 ]

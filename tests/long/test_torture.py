@@ -11,6 +11,8 @@ import redis
 from tests.integration.worker import Worker, publisher, sending, stats
 from tests.servers import Influxd, Redis, wait_for
 
+pytestmark = pytest.mark.long
+
 TASKS = 3_000
 
 

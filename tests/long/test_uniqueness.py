@@ -23,6 +23,8 @@ from celery import Celery
 from tests.integration.worker import Worker, children, environment, stats
 from tests.servers import Influxd, answers, free_port, wait_for
 
+pytestmark = pytest.mark.long
+
 POINTS = 100_000
 CHILDREN = 16
 WEB = 8
