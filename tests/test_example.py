@@ -184,6 +184,7 @@ def test_what_cannot_start_is_said_in_one_line(
 PROGRESS = r"[\d,]+ tasks have ended, [\d,]+ are on their way"
 
 
+@pytest.mark.long
 def test_on_a_terminal_progress_is_one_line_that_changes_and_goes_away(tmp_path: Path) -> None:
     terminal, end = pty.openpty()
     with subprocess.Popen(
