@@ -58,7 +58,7 @@ def settled(account: dict[str, int]) -> int:
     return sum(account[name] for name in ("sent", "dropped", "lost", "rejected", "queued"))
 
 
-@pytest.mark.once
+@pytest.mark.long
 def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_bounds(
     broker: str, store: redis.Redis, sender: Celery, black_hole: int, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_
     assert log.count("the buffer is full") <= len(databases)
 
 
-@pytest.mark.parametrize("scheme", ["udp", "http"])
+@pytest.mark.parametrize("scheme", ["udp", pytest.param("http", marks=pytest.mark.long)])
 def test_sending_resumes_by_itself_when_influxdb_is_back(
     scheme: str, broker: str, store: redis.Redis, sender: Celery, tmp_path: Path
 ) -> None:
@@ -198,7 +198,7 @@ def test_sending_resumes_by_itself_when_influxdb_is_back(
     assert len(stored) <= after["sent"]
 
 
-@pytest.mark.once
+@pytest.mark.long
 def test_with_the_broker_down_tasks_keep_their_rate_and_no_point_is_lost(
     influxd: Influxd, database: str, broker: str, store: redis.Redis, tmp_path: Path
 ) -> None:
