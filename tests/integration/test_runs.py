@@ -400,8 +400,8 @@ def test_a_run_that_the_pool_silently_repeats_is_two_runs(bench: Bench) -> None:
     """A child that dies before the pool has seen it take its task: then another one gets it."""
     with bench.worker:
         ids: list[str] = []
-        for _ in range(6):  # it happens to one of ten, or so
-            ids += [bench.send("kill at once", task="without_result") for _ in range(20)]
+        for _ in range(3):  # it happens to one of ten, or so
+            ids += [bench.send("kill at once", task="without_result") for _ in range(40)]
             wait_for(lambda: all(map(bench.began, ids)), 60, "all have run")  # noqa: B023
             runs = wait_for_rest(bench, ids)
             if len(runs) > len(ids):
@@ -410,6 +410,7 @@ def test_a_run_that_the_pool_silently_repeats_is_two_runs(bench: Bench) -> None:
 
     points = [bench.points(task_id) for task_id in ids]
     assert [len(each) for each in points] == [len(bench.began(task_id)) for task_id in ids]
+    assert len(runs) >= 40
     for each in points:
         assert states(each) == [("RETRY", LOST)] * (len(each) - 1) + [("FAILURE", LOST)]
 
@@ -547,13 +548,12 @@ def test_a_run_that_is_cancelled_as_the_broker_is_lost_has_its_point(bench: Benc
             if client["cmd"].startswith("brpop") and client["db"] == own:
                 bench.store.client_kill_filter(_id=client["id"])
         wait_for(lambda: bench.points(task_id), 20, bench.worker.log())
-        runs = len(bench.began(task_id))
         bench.worker.stop()
 
     points = bench.points(task_id)
     assert states(points)[0] == ("RETRY", LOST)
     assert 0.4 < points[0]["runtime"] < 5
-    assert len(points) == len(bench.began(task_id)), runs
+    assert len(points) == len(bench.began(task_id))
 
 
 @pytest.mark.skipif(

@@ -64,6 +64,9 @@ def run_plugin() -> None:
 def left_behind() -> dict[str, Any]:
     """Threads, files, objects and bytes of memory of ours that are there now."""
     gc.collect()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(5)  # one that is just about to end is not left behind
     files = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own
