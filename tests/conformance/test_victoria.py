@@ -95,8 +95,12 @@ def sent(victoria: VictoriaMetrics, transport: str) -> Sent:
     return Sent(victoria, transport)
 
 
-def series(name: str, value: float, ms: int = 0, /, **labels: str) -> Series:
-    return {(name, frozenset(labels.items())): [(NOW // 10**6 + ms, value)]}
+def series(measurement: str, fields: dict[str, float], ms: int = 0, /, **labels: str) -> Series:
+    """What becomes of a point with these fields, so many ms from now."""
+    return {
+        (f"{measurement}_{field}", frozenset(labels.items())): [(NOW // 10**6 + ms, value)]
+        for field, value in fields.items()
+    }
 
 
 def test_numbers_are_stored_as_given(sent: Sent) -> None:
@@ -104,10 +108,7 @@ def test_numbers_are_stored_as_given(sent: Sent) -> None:
 
     sent.send(Point("m", {**numbers, "yes": True, "no": False}, {"t": "v"}, NOW))
 
-    expected: Series = {}
-    for key, value in {**numbers, "yes": 1, "no": 0}.items():
-        expected |= series(f"m_{key}", value, t="v")
-    assert sent.stored() == expected
+    assert sent.stored() == series("m", {**numbers, "yes": 1, "no": 0}, t="v")
 
 
 def test_times_are_rounded_down_to_milliseconds(sent: Sent) -> None:
@@ -116,7 +117,7 @@ def test_times_are_rounded_down_to_milliseconds(sent: Sent) -> None:
         Point("n", {"f": 2}, None, NOW - 1),
     )
 
-    assert sent.stored() == {**series("m_f", 1, -60_000), **series("n_f", 2, -1)}
+    assert sent.stored() == {**series("m", {"f": 1}, -60_000), **series("n", {"f": 2}, -1)}
 
 
 def test_what_is_escaped_in_names_and_tags_is_stored_unescaped(sent: Sent) -> None:
@@ -133,8 +134,8 @@ def test_what_is_escaped_in_names_and_tags_is_stored_unescaped(sent: Sent) -> No
     )
 
     assert sent.stored() == {
-        **series("m x,y_f g,h=i", 2.5, **tags),
-        **series("n=o.p-q_f", 3, t="="),
+        **series("m x,y", {"f g,h=i": 2.5}, **tags),
+        **series("n=o.p-q", {"f": 3}, t="="),
     }
 
 
@@ -145,10 +146,8 @@ def test_a_string_is_stored_as_nought_or_as_the_number_that_it_spells(sent: Sent
     )
 
     assert sent.stored() == {
-        **series("m_f", 1.5),
-        **series("m_text", 0),
-        **series("m_digits", 12),
-        **series("only_text", 0),
+        **series("m", {"f": 1.5, "text": 0, "digits": 12}),
+        **series("only", {"text": 0}),
     }
 
 
@@ -159,7 +158,7 @@ def test_a_string_with_a_newline_costs_its_own_point_only(sent: Sent) -> None:
         Point("after", {"f": 2}, None, NOW),
     )
 
-    assert sent.stored() == {**series("before_f", 1), **series("after_f", 2)}
+    assert sent.stored() == {**series("before", {"f": 1}), **series("after", {"f": 2})}
 
 
 def test_the_point_of_a_tasks_run_is_stored_with_all_its_numbers(sent: Sent) -> None:
@@ -174,7 +173,4 @@ def test_the_point_of_a_tasks_run_is_stored_with_all_its_numbers(sent: Sent) -> 
 
     sent.send(Point("celery_task", fields, tags, NOW))
 
-    expected: Series = {}
-    for key, value in fields.items():
-        expected |= series(f"celery_task_{key}", value, **tags)
-    assert sent.stored() == expected
+    assert sent.stored() == series("celery_task", fields, **tags)

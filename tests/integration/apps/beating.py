@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-import billiard.pool
 from celery import signals
 
 import celery_influx
-from tests.integration.apps.base import make_app, store
+from tests.integration.apps.base import end_at_once, make_app, store
 
 app = make_app(
     "beating",
@@ -17,9 +16,7 @@ app = make_app(
     beat_max_loop_interval=0.1,
 )
 influx = celery_influx.install(app)
-# A child that ends may wait for so many tenths of a second, 300 by default, for a result of its own
-# to be counted, which Celery at times never does: with the plugin or without.
-billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 10
+end_at_once()
 POINTS = 300
 
 

@@ -16,11 +16,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import billiard.pool
 from celery import signals
 
 import celery_influx
-from tests.integration.apps.base import make_app, store
+from tests.integration.apps.base import end_at_once, make_app, store
 
 app = make_app(
     "processes",
@@ -28,10 +27,7 @@ app = make_app(
     beat_max_loop_interval=0.1,
 )
 influx = celery_influx.install(app)
-
-# At a restart of the pool a child may wait for so many tenths of a second, 300 by default, until
-# its results are taken.
-billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 10
+end_at_once()  # at a restart of the pool, too
 
 #: Of each child that is no pool child; of the script itself, three times; of beat.
 POINTS = 500
