@@ -68,7 +68,7 @@ LOCKS = {
     "Stamps._lock": KINDS,
 }
 #: Locks that a fork waits for, and so are never held at one.
-WAITED_FOR = {"_importing.lock"}
+WAITED_FOR = {"_loading.lock"}
 #: Those that it uses besides: of ``timed`` and logging; of requests and urllib3.
 OTHERS = {"timing._report": KINDS, "the log handler's": KINDS}
 HTTP = {"the cookies'": KINDS, "the connections'": KINDS, "the connections' queue": KINDS}
@@ -699,53 +699,71 @@ def test_forks_amid_the_traffic_of_many_threads_lose_and_double_nothing(
 # -- modules -----------------------------------------------------------------------------------
 
 
-_IMPORTING = """
-    import faulthandler, os, sys, threading, time
+_FORK = """
+    import faulthandler, os, socket, sys, threading, time, traceback
     from importlib.machinery import PathFinder
     from celery_influx.database import Database
     from celery_influx.options import DatabaseOptions
     from celery_influx.point import Point
 
-    name, scheme, port = sys.argv[1:]
-    inside, parent, importer = threading.Event(), os.getpid(), []
+    first, scheme, port = sys.argv[1:]
+    inside, ended, parent, loader = threading.Event(), threading.Event(), os.getpid(), []
+
+    def begun():
+        loader.append(threading.current_thread().name)
+        inside.set()
 
     class Finder:
         @staticmethod
         def find_spec(fullname, path=None, target=None):
-            if fullname != name or os.getpid() != parent:
+            if fullname != first or os.getpid() != parent:
                 return None
             spec = PathFinder.find_spec(fullname, path, target)
             execute = spec.loader.exec_module
 
             def exec_module(module):
-                importer.append(threading.current_thread().name)
-                inside.set()
+                begun()
                 time.sleep(0.3)
                 execute(module)
+                ended.set()
 
             # Not in here: a fork waits for this, and for nothing that comes after it.
             spec.loader.exec_module = exec_module
             return spec
 
-    assert name not in sys.modules
-    sys.meta_path.insert(0, Finder)
+    def look_up(*args, **kwargs):
+        socket.getaddrinfo = real
+        begun()
+        found = real(*args, **kwargs)  # lets the other thread run, once it is in C
+        ended.set()
+        return found
+
+    if first == "look-up":
+        socket.getaddrinfo, real = look_up, socket.getaddrinfo
+    else:
+        assert first not in sys.modules
+        sys.meta_path.insert(0, Finder)
     options = {"host": "localhost", "transport": scheme, f"{scheme}_port": int(port)}
     database = Database(DatabaseOptions(name="m", **options))
 
     def send(who):
         database.send_data(Point("m", {"f": 1}, {"n": who}))
-        assert database.flush(8)
+        assert database.flush(8), (who, database.stats())
 
     thread = threading.Thread(target=send, args=("parent",))
     thread.start()
-    assert inside.wait(10), "it is not imported"
-    assert importer != ["MainThread"]
+    assert inside.wait(10), f"no {first}"
+    assert loader != ["MainThread"]
     child = os.fork()
     if not child:
         faulthandler.dump_traceback_later(10, exit=True)
         try:
+            assert ended.is_set(), f"the fork did not wait for {first}"
             send("child")
             os._exit(0)
+        except BaseException:
+            faulthandler.dump_traceback()
+            traceback.print_exc()
         finally:
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -755,23 +773,25 @@ _IMPORTING = """
 
 
 @pytest.mark.parametrize(
-    ("module", "scheme"),
+    ("first", "scheme"),
     [
         ("celery_influx.transports.udp", "udp"),
         ("celery_influx.transports.http", "http"),
         ("requests", "http"),
         ("encodings.idna", "udp"),
+        ("look-up", "udp"),
+        ("look-up", "http"),
     ],
 )
-def test_a_fork_while_a_module_is_being_imported_leaves_the_child_with_a_whole_one(
-    module: str, scheme: str
+def test_a_fork_while_another_thread_loads_what_it_needs_leaves_the_child_with_all_of_it(
+    first: str, scheme: str
 ) -> None:
     scene = Scene("database", scheme)
     try:
         run = subprocess.run(
             [
-                *(sys.executable, "-W", "ignore", "-c", textwrap.dedent(_IMPORTING)),
-                *(module, scheme, str(scene.server.port)),
+                *(sys.executable, "-W", "ignore", "-c", textwrap.dedent(_FORK)),
+                *(first, scheme, str(scene.server.port)),
             ],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,

@@ -5,8 +5,10 @@ A transport makes one attempt and says what came of it; ``delivery`` decides the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import socket
 import threading
 from importlib import import_module
 from types import ModuleType
@@ -49,7 +51,6 @@ class Transport(Protocol):
 
 def open_transport(options: DatabaseOptions) -> Transport:
     """The transport that ``options`` name. Opens no socket yet."""
-    load("encodings.idna")  # the first look-up of a host name needs it
     module, _, name = TRANSPORTS[options.transport].partition(":")
     return cast("Transport", getattr(load(module), name)(options))
 
@@ -60,14 +61,19 @@ def load(module: str) -> ModuleType:
     A fork in the middle of another thread's import leaves the child with a module that is locked
     for ever: whoever imports it there hangs, in ``send_data`` even.
     """
-    with _importing():
+    with _loading():
         return import_module(module)
 
 
 @functools.cache
-def _importing() -> Any:
+def _loading() -> Any:
     lock = threading.RLock()
     os.register_at_fork(
         before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
     )
+    # A process's first look-up of a host loads a module of Python's, and the C library's name
+    # services: of 300 children forked in the middle of the latter, 13 hung in their own first.
+    # This name costs no network.
+    with lock, contextlib.suppress(OSError):
+        socket.getaddrinfo("localhost", None)
     return lock
