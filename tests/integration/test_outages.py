@@ -58,9 +58,34 @@ def settled(account: dict[str, int]) -> int:
     return sum(account[name] for name in ("sent", "dropped", "lost", "rejected", "queued"))
 
 
+#: What is wrong with each database, and what the log says of it.
+FAULTS = {
+    "hung": "timeout",
+    "refused": "ECONNREFUSED",
+    "refused-http": "refused",
+    "unknown": "dns",
+    "unknown-http": "dns",
+    "gone": "refused",
+}
+
+
 @pytest.mark.long
-def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_bounds(
-    broker: str, store: redis.Redis, sender: Celery, black_hole: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("pool", "faults"),
+    [
+        *(("prefork", [fault]) for fault in FAULTS),
+        *((pool, list(FAULTS)) for pool in ("prefork", "threads", "solo")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0] if value[1:] == [] else "all",
+)
+def test_with_any_kind_of_outage_tasks_keep_their_rate_and_memory_its_bounds(
+    pool: str,
+    faults: list[str],
+    broker: str,
+    store: redis.Redis,
+    sender: Celery,
+    black_hole: int,
+    tmp_path: Path,
 ) -> None:
     influxd = Influxd(tmp_path / "influxd")
     limits = {"queue_size": 50, "flush_interval": 0.5, "http_timeout": 1, "http_port": 9}
@@ -79,6 +104,7 @@ def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_
             "host": "127.0.0.1",
         },
     }
+    databases = {fault: databases[fault] for fault in faults}
     tasks, rounds, size = 60, 40, 4_000
     config = {"influx_databases": databases, "influx_shutdown_timeout": 1}
     workers = {
@@ -88,6 +114,7 @@ def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_
             broker,
             {**(config if side == "with" else {}), "task_default_queue": side},
             variables={"PLUGIN": "yes" if side == "with" else "no"},
+            pool=pool,
             level="warning",
         )
         for side in ("with", "without")
@@ -112,7 +139,10 @@ def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_
     with influxd, workers["with"], workers["without"], sending(sender) as send:
         run("with")
         run("without")
-        wait_for(lambda: influxd.count("custom", "number") == tasks // len(databases), 10)
+        sent = {"gone": tasks // len(databases) * (2 if faults == ["gone"] else 1)}
+        if "gone" in faults:
+            # Told so, too: of a write that was not answered nobody can say that it arrived.
+            wait_for(lambda: stats(sender, workers["with"])["gone"]["sent"] == sent["gone"], 10)
         influxd.stop(kill=True)
         # Others' work on this machine is in the ratio of two rounds, and not in that of many.
         for number in range(rounds):
@@ -132,20 +162,20 @@ def test_with_every_kind_of_outage_at_once_tasks_keep_their_rate_and_memory_its_
     # Each database holds 50 lines, 1.2 MiB altogether; many times as much was sent.
     assert grown(memories["with"]) < grown(memories["without"]) + 3 * 1024
     total = tasks * (len(ratios) + 1)
+    log = workers["with"].log()
     for name, account in accounts.items():
         # The first one has the points of all runs as well.
-        made = total // len(databases) + (total if name == "hung" else 0)
+        made = total // len(databases) + (total if name == faults[0] else 0)
         assert account["points"] == settled(account) == made, name
-        assert account["sent"] == (tasks // len(databases) if name == "gone" else 0), name
+        assert account["sent"] == sent.get(name, 0), name
         assert account["queued"] <= 100, name
         assert account["errors"] > 0, name
-    assert accounts["hung"]["dropped"] > total // 2
-    for name in ("refused", "refused-http", "unknown", "unknown-http", "gone"):
-        ended = accounts[name]["lost"] + accounts[name]["dropped"] + accounts[name]["sent"]
-        assert ended >= total // len(databases) - 100, name
-    log = workers["with"].log()
-    for cause in ("ECONNREFUSED", "dns", "timeout", "the buffer is full"):
-        assert cause in log
+        assert account["lost"] + account["dropped"] + account["sent"] >= made - 100, name
+        assert FAULTS[name] in log, name
+    if "hung" in faults:
+        # Its buffer was full for long: what an attempt took along is lost, and not dropped.
+        assert accounts["hung"]["dropped"] > (total // 3 if pool == "solo" else total // 2)
+        assert "the buffer is full" in log
     assert log.count("the buffer is full") <= len(databases)
 
 
