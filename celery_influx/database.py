@@ -172,7 +172,10 @@ class Database:
         if cause is not None and isinstance(cause, (*self._passing, ConfigError)):
             raise cause  # no point's fault: the task's time is up, or the configuration is wrong
         if not isinstance(error, PointError):
-            error = PointError(f"the point cannot be read: {_say(error)}")
+            error = PointError(
+                f"the point cannot be read: {_say(error)}; "
+                "expected a Point or a mapping of plain values"
+            )
             error.__cause__ = cause
         self._settled()
         self._counters[POINTS] += 1
@@ -477,7 +480,7 @@ def _from_line(given: Any) -> Point:
     source = f"to_line_protocol() of {type(given).__name__}"
     try:
         line = given.to_line_protocol()
-        length = _UNITS[str(getattr(given, "write_precision", None) or "ns")]
+        unit = str(getattr(given, "write_precision", None) or "ns")
         point: Point | None = decode(line.encode()) if line else None
     except Exception as error:  # a user's class may raise anything
         raise PointError(f"{source} failed: {_say(error)}; expected one line of text") from error
@@ -486,6 +489,11 @@ def _from_line(given: Any) -> Point:
             f"{source} gave nothing, which is a point without fields; "
             "InfluxDB stores only points with at least one field"
         )
+    if unit not in _UNITS:
+        raise PointError(
+            f"a {type(given).__name__} whose write_precision is {unit!r:.80}; "
+            f"expected one of {', '.join(_UNITS)}"
+        )
     if isinstance(point.timestamp, int):
-        point = point._replace(timestamp=point.timestamp * length)
+        point = point._replace(timestamp=point.timestamp * _UNITS[unit])
     return point

@@ -311,14 +311,18 @@ def _items(name: str, what: str, mapping: object) -> list[tuple[str, Any]]:
     try:
         items = [(key, value) for key, value in mapping.items()]
     except Exception as error:
-        raise PointError(f"{name}: {what} cannot be read: {error!r}") from error
+        raise PointError(
+            f"{name}: {what} cannot be read: {_show(error)}; expected a mapping such as a dict"
+        ) from error
     found: dict[str, Any] = {}
     for given, value in items:
         if not isinstance(given, str):
             raise PointError(f"{name}: {what}: key {_show(given)}: expected a str")
         key = str.__str__(given)
         if key in found:
-            raise PointError(f"{name}: {what}: key {_show(key)} is there twice")
+            raise PointError(
+                f"{name}: {what}: key {_show(key)} is there twice; expected each key once"
+            )
         found[key] = value
     return list(found.items())
 
@@ -334,7 +338,8 @@ def _texts(name: str, tags: object) -> dict[str, str]:
             text = value if isinstance(value, str) else str(value)
         except Exception as error:
             raise PointError(
-                f"{name}: tag {_show(key)}: str() of its {type(value).__name__} raised {error!r}"
+                f"{name}: tag {_show(key)}: str() of its {type(value).__name__} raised"
+                f" {_show(error)}; expected a str, or a value that str() takes"
             ) from error
         found[key] = str.__str__(text)
     return found
@@ -380,7 +385,10 @@ def _value(name: str, key: str, given: object) -> float | bool | str | None:
             else:
                 break
         except Exception as error:
-            raise FieldError(f"{name}: field {_show(key)} cannot be read: {error!r}") from error
+            raise FieldError(
+                f"{name}: field {_show(key)} cannot be read: {_show(error)};"
+                " expected float, int, bool or str"
+            ) from error
     advice = "a datetime as .isoformat(), bytes as .decode(), anything else as str() or a number"
     raise FieldError(
         f"{name}: field {_show(key)}: {_show(given)} is of type {type(given).__name__};"
@@ -408,7 +416,10 @@ def _ticks(name: str, timestamp: object, unit: int) -> int:
             " time.time_ns(); a float is not exact enough), or a datetime"
         ) from None
     except Exception as error:
-        raise PointError(f"{name}: timestamp {_show(given)} cannot be read: {error!r}") from error
+        raise PointError(
+            f"{name}: timestamp {_show(given)} cannot be read: {_show(error)};"
+            " expected nanoseconds since 1970 as an int, or a datetime"
+        ) from error
     ticks = nanoseconds // unit
     if not MIN_TIME <= ticks * unit <= MAX_TIME:
         raise PointError(
@@ -528,7 +539,7 @@ def _blame(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> st
     first = next(iter(fields))
     if len(fields) == 1 and first.startswith(("\t", "\0")):
         return f"field key {_show(first)} begins with a tab or NUL; add a field with another name"
-    series = _join(measurement, tags, {"f": 0}, None)[:-4]
+    series = _join(measurement, tags, {"f": 0}, None).removesuffix(b" f=0i")
     longest = len(series) + 4 + max(len(_escape_field_key(key).encode()) for key in fields)
     if longest > MAX_KEY_LENGTH:
         return (

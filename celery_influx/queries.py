@@ -150,6 +150,18 @@ def _unclear(text: str, position: int) -> QueryError:
     )
 
 
+def require_text(name: str, value: object) -> None:
+    """Raise unless ``value``, an argument called ``name``, is text that can be sent.
+
+    Raises:
+        QueryError: It is none. The value is not shown: a statement may hold a password.
+    """
+    if not isinstance(value, str):
+        raise QueryError(f"{name}: expected a str, got a value of type {type(value).__name__}")
+    if not _encodable(value):
+        raise QueryError(f"{name}: half a surrogate pair is no text; expected Unicode text")
+
+
 def _encodable(text: str) -> bool:
     try:
         text.encode()
@@ -196,8 +208,12 @@ def encode_params(params: Mapping[str, Any]) -> str:
     """Bound parameters as the JSON that ``/query`` takes.
 
     Raises:
-        QueryError: A value that InfluxDB cannot bind, such as ``None`` or a list.
+        QueryError: No mapping, or a value that InfluxDB cannot bind, such as ``None`` or a list.
     """
+    if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
+        raise QueryError(
+            f"params: expected a mapping with str keys, such as {{'host': 'a'}}; got {params!r:.80}"
+        )
     return "{" + ",".join(f"{_json(name)}:{_param(name, params[name])}" for name in params) + "}"
 
 
@@ -352,7 +368,10 @@ def parse_answer(
         pass
     else:
         return QueryResult(series, any(partial.values()) or len(partial) < statements, messages)
-    raise QueryError("the answer is JSON, but not of the shape that InfluxDB gives")
+    raise QueryError(
+        'the answer is JSON, but not of the shape that InfluxDB gives; expected {"results": […]}; '
+        "is this InfluxDB's HTTP API?"
+    )
 
 
 def _raise_error(part: Any) -> None:

@@ -127,7 +127,8 @@ class Timer:
             return wrapped
         else:
             raise TypeError(
-                f"timed got a {kind.__name__}; expected a function, or a string as the timer's name"
+                f"timed got a value of type {kind.__name__}; expected a function, or a string as "
+                "the timer's name"
             )
         return function
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -92,8 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
-def stub() -> Iterator[Stub]:
+@contextlib.contextmanager
+def serving() -> Iterator[Stub]:
+    """A server at work."""
     with Stub() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -101,6 +103,12 @@ def stub() -> Iterator[Stub]:
         server.released.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with serving() as server:
+        yield server
 
 
 def _replying(status: int, body: bytes = b"", **headers: str) -> Callable[[_Handler], None]:
@@ -307,22 +315,6 @@ def test_a_proxy_of_the_environment_is_used_for_other_hosts(
     assert stub.asked[0].path.startswith("http://influx.invalid:8086/write?")
 
 
-def test_a_broken_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{free_port()}")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    client = HTTPClient(DatabaseOptions(host="influx.invalid"))
-
-    with pytest.raises(SendError) as caught:
-        client.ping()
-
-    assert str(caught.value) == (
-        "http://influx.invalid:8086/celery: the proxy failed (connection); "
-        "correct HTTP_PROXY, HTTPS_PROXY or NO_PROXY"
-    )
-    assert caught.value.__context__ is None
-
-
 def test_a_token_that_no_header_can_hold_is_not_shown(stub: Stub) -> None:
     with pytest.raises(SendError) as caught:
         stub.client(token="hunter2\n").write(b"m f=1")
@@ -355,44 +347,13 @@ def test_a_refused_connection_is_named_by_its_errno() -> None:
             call()
 
         assert caught.value.cause == "ECONNREFUSED"
-        assert str(caught.value) == (
-            f"http://127.0.0.1:{port}/celery: connection refused (ECONNREFUSED); "
-            "is the server running, and are 'host' and 'http_port' right?"
-        )
         assert caught.value.__context__ is None
-
-
-def test_an_unknown_host_is_named_dns() -> None:
-    client = HTTPClient(DatabaseOptions(host="nowhere.invalid"))
-
-    with pytest.raises(SendError) as caught:
-        client.ping()
-
-    assert caught.value.cause == "dns"
-    assert str(caught.value) == (
-        "http://nowhere.invalid:8086/celery: the host's name is unknown (dns); correct 'host'"
-    )
 
 
 @pytest.mark.parametrize("host", ["a b", "x" * 70, "[", "a/b"])
 def test_an_impossible_host_is_a_send_error(host: str) -> None:
     with pytest.raises(SendError):
         HTTPClient(DatabaseOptions(host=host)).ping()
-
-
-def test_a_silent_server_is_a_timeout() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        client = HTTPClient(DatabaseOptions(host="127.0.0.1", http_port=port))
-
-        with pytest.raises(SendError) as caught:
-            client.ping(timeout=SHORT)
-
-    assert caught.value.cause == "timeout"
-    assert str(caught.value) == (
-        f"http://127.0.0.1:{port}/celery: no answer within 0.3 s (timeout); "
-        "is the server overloaded, or 'http_timeout' too short?"
-    )
 
 
 def test_http_timeout_is_the_timeout_where_none_is_given() -> None:
@@ -403,19 +364,6 @@ def test_http_timeout_is_the_timeout_where_none_is_given() -> None:
 
         with pytest.raises(SendError, match=r"no answer within 0\.3 s"):
             HTTPClient(options).write(b"m f=1")
-
-
-def test_a_server_that_hangs_up_is_a_connection_error(stub: Stub) -> None:
-    def hang_up(handler: _Handler) -> None:
-        handler.close_connection = True
-
-    stub.answer = hang_up
-
-    with pytest.raises(SendError) as caught:
-        stub.client().write(b"m f=1")
-
-    assert caught.value.cause == "connection"
-    assert "the connection failed: " in str(caught.value)
 
 
 def test_something_else_than_http_is_a_connection_error() -> None:
@@ -429,35 +377,16 @@ def test_something_else_than_http_is_a_connection_error() -> None:
         thread = threading.Thread(target=greet)
         thread.start()
         client = HTTPClient(DatabaseOptions(host="127.0.0.1", http_port=server.getsockname()[1]))
-        with pytest.raises(SendError, match="is this InfluxDB's HTTP port"):
+        with pytest.raises(SendError) as caught:
             client.ping()
         thread.join()
 
+    assert caught.value.cause == "connection"
+
 
 def test_https_to_a_plain_port_is_a_tls_error(stub: Stub) -> None:
-    with pytest.raises(SendError, match="does this port speak HTTPS") as caught:
+    with pytest.raises(SendError) as caught:
         stub.client(secure=True).ping()
-
-    assert caught.value.cause == "tls"
-
-
-def test_a_ca_file_that_cannot_be_read_is_named(stub: Stub) -> None:
-    with pytest.raises(SendError) as caught:
-        stub.client(secure=True, ca_file="no/such.pem").ping()
-
-    assert caught.value.cause == "tls"
-    assert str(caught.value) == (
-        f"https://127.0.0.1:{stub.port}/celery: ca_file 'no/such.pem' cannot be read (tls); "
-        "expected a file of PEM certificates"
-    )
-
-
-def test_a_ca_file_of_rubbish_is_a_tls_error(stub: Stub, tmp_path: Path) -> None:
-    rubbish = tmp_path / "ca.pem"
-    rubbish.write_text("rubbish")
-
-    with pytest.raises(SendError) as caught:
-        stub.client(secure=True, ca_file=str(rubbish)).ping()
 
     assert caught.value.cause == "tls"
 
@@ -474,88 +403,16 @@ def test_a_write_names_database_precision_and_retention_policy(stub: Stub) -> No
     assert stub.asked[0].body == b"m f=1 5\nm f=2 6"
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "message"),
-    [
-        (
-            503,
-            b"<html>\n <h1>busy</h1></html>",
-            "expected 204, got 503: <html> <h1>busy</h1></html>",
-        ),
-        (500, b'{"error":"timeout"}', "expected 204, got 500: timeout"),
-        (422, b'{"code":"invalid","message":"no field"}', "expected 204, got 422: no field"),
-        (500, b"[1]", "expected 204, got 500: [1]"),
-        (502, b"", "expected 204, got 502"),
-        (502, b"\xff\xfe", "expected 204, got 502: \ufffd\ufffd"),
-        (200, b"Log in, please", "expected 204, got 200: Log in, please"),
-        (
-            404,
-            b'{"error":"database not found: \\"x\\""}',
-            (
-                'expected 204, got 404: database not found: "x"; create the database, or correct '
-                "'database' and 'http_port'"
-            ),
-        ),
-        (
-            413,
-            b'{"error":"Request Entity Too Large"}',
-            (
-                "expected 204, got 413: Request Entity Too Large; lower 'batch_bytes' below the "
-                "server's max-body-size"
-            ),
-        ),
-        (400, b'{"error":"database is required"}', "expected 204, got 400: database is required"),
-    ],
-)
-def test_any_other_status_is_a_send_error_with_the_servers_words(
-    stub: Stub, status: int, body: bytes, message: str
-) -> None:
-    stub.answer = _replying(status, body)
-
-    with pytest.raises(SendError) as caught:
-        stub.client().write(b"m f=1")
-
-    assert str(caught.value) == f"{_address(stub)}: {message}"
-    assert caught.value.cause == str(status)
-
-
-def test_a_redirect_is_not_followed_and_says_where_it_points(stub: Stub) -> None:
-    stub.answer = _replying(307, Location="http://elsewhere.example/write")
-    message = (
-        f"{_address(stub)}: expected %s, got 307, which points to http://elsewhere.example/write; "
-        "redirects are not followed: set that URL"
-    )
+def test_a_redirect_is_not_followed(stub: Stub) -> None:
+    stub.answer = _replying(307, Location=f"http://127.0.0.1:{stub.port}/write")
     client = stub.client(username="u", password="hunter2")
 
-    with pytest.raises(SendError) as caught:
+    with pytest.raises(SendError, match="got 307"):
         client.write(b"m f=1")
-    assert str(caught.value) == message % 204
-
-    with pytest.raises(QueryError) as refused:
+    with pytest.raises(QueryError, match="got 307"):
         client.query("SHOW DATABASES")
-    assert str(refused.value) == message % 200
+
     assert len(stub.asked) == 2
-
-
-def test_our_secrets_are_masked_in_the_servers_words(stub: Stub) -> None:
-    stub.answer = _replying(401, b'{"error":"wrong password hunter2"}')
-
-    with pytest.raises(SendError) as caught:
-        stub.client(username="u", password="hunter2").write(b"m f=1")
-
-    assert str(caught.value) == (
-        f"{_address(stub)}: expected 204, got 401: wrong password ***; set 'username' and "
-        "'password', or 'token', to what the server knows"
-    )
-
-
-def test_long_words_of_the_server_are_shortened(stub: Stub) -> None:
-    stub.answer = _replying(500, b"x" * 10_000)
-
-    with pytest.raises(SendError) as caught:
-        stub.client().write(b"m f=1")
-
-    assert str(caught.value) == f"{_address(stub)}: expected 204, got 500: {'x' * 499}…"
 
 
 def test_an_endless_error_is_read_to_a_limit(stub: Stub) -> None:
@@ -577,7 +434,7 @@ def test_an_error_that_trickles_in_is_read_for_the_timeout_and_no_longer(stub: S
 def test_an_error_text_that_stalls_still_gives_the_status(stub: Stub) -> None:
     stub.answer = lambda handler: handler.reply_endlessly(503, b"x", pause=60)
 
-    with pytest.raises(SendError, match=r"expected 204, got 503$"):
+    with pytest.raises(SendError, match=r"expected 204, got 503; "):
         stub.client(http_timeout=SHORT).write(b"m f=1")
 
 
@@ -613,7 +470,6 @@ def test_a_field_type_conflict_in_a_new_shard_has_a_cause_of_its_own(stub: Stub)
         stub.client().write(b"m f=1")
 
     assert caught.value.cause == "conflict"
-    assert str(caught.value) == f"{_address(stub)}: field type conflict"
 
 
 @pytest.mark.parametrize(
@@ -709,22 +565,24 @@ def test_a_ping_without_a_version_header_is_up_all_the_same(stub: Stub) -> None:
     assert stub.client().ping().version is None
 
 
-def test_a_ping_that_is_not_204_says_what_came(stub: Stub) -> None:
-    stub.answer = _replying(200, b"<html>welcome")
-
-    with pytest.raises(SendError) as caught:
-        stub.client().ping()
-
-    assert str(caught.value) == f"{_address(stub)}: expected 204, got 200: <html>welcome"
-
-
 # -- query and post ------------------------------------------------------------------------------
 
 
-def test_a_query_that_may_write_sends_nothing(stub: Stub) -> None:
-    for statement in ("DROP DATABASE x", "SELECT f INTO t FROM m"):
-        with pytest.raises(QueryError):
-            stub.client().query(statement)
+@pytest.mark.parametrize(
+    ("statement", "options"),
+    [
+        ("DROP DATABASE x", {}),
+        ("SELECT f INTO t FROM m", {}),
+        ("SHOW DATABASES \ud800", {}),
+        ("SHOW DATABASES", {"epoch": "us"}),
+        ("SHOW DATABASES", {"params": {"v": None}}),
+    ],
+)
+def test_a_query_that_may_write_or_is_wrong_sends_nothing(
+    stub: Stub, statement: str, options: dict
+) -> None:
+    with pytest.raises(QueryError):
+        stub.client().query(statement, **options)
 
     assert stub.asked == []
 
@@ -776,35 +634,15 @@ def test_a_post_carries_its_statement_in_the_body_alone(stub: Stub) -> None:
     assert b"hunter2" in stub.asked[0].body
 
 
-@pytest.mark.parametrize("epoch", ["us", "NS", "rfc3339", ""])
-def test_an_unknown_epoch_names_the_words(stub: Stub, epoch: str) -> None:
-    with pytest.raises(QueryError) as caught:
-        stub.client().query("SHOW DATABASES", epoch=epoch)
-
-    assert str(caught.value) == f"epoch: expected one of ns, u, ms, s, m, h; got {epoch!r}"
-    assert stub.asked == []
-
-
-def test_half_a_surrogate_pair_is_refused_before_any_traffic(stub: Stub) -> None:
-    with pytest.raises(QueryError) as caught:
-        stub.client().post("DROP MEASUREMENT \ud800")
-
-    assert str(caught.value) == "q: half a surrogate pair is no text; expected Unicode text"
-
-
 @pytest.mark.parametrize("kind", ["text/html", "application/json; charset=utf-8", "image/png"])
 def test_an_answer_is_read_whatever_its_content_type(stub: Stub, kind: str) -> None:
     stub.answer = _replying(200, b'{"results":[{"error":"no"}]}', Content_Type=kind)
     with pytest.raises(QueryError, match=r"^the server answered: no$"):
         stub.client().query("SHOW DATABASES")
 
-    stub.answer = _replying(200, b"<html>" + b"x" * 1_000, Content_Type=kind)
-    with pytest.raises(QueryError) as caught:
+    stub.answer = _replying(200, b"<html>", Content_Type=kind)
+    with pytest.raises(QueryError, match=f"expected JSON, got {kind}: '<html>'"):
         stub.client().query("SHOW DATABASES")
-    assert str(caught.value) == (
-        f"{_address(stub)}: expected JSON, got {kind}: {'<html>' + 'x' * 493 + '…'!r}; "
-        "is this InfluxDB's HTTP API?"
-    )
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"results":', b"[" * 200_000, b"\xff"])
@@ -814,14 +652,6 @@ def test_a_body_that_is_no_answer_is_a_query_error(stub: Stub, body: bytes, chun
 
     with pytest.raises(QueryError):
         stub.client().query("SHOW DATABASES", chunked=chunked)
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 503])
-def test_an_error_page_is_a_query_error(stub: Stub, status: int) -> None:
-    stub.answer = _replying(status, b"<html>oops</html>", Content_Type="text/html")
-
-    with pytest.raises(QueryError, match=f"expected 200, got {status}: <html>oops</html>"):
-        stub.client().query("SHOW DATABASES")
 
 
 def test_a_gzipped_answer_is_unpacked_and_a_false_one_is_an_error(stub: Stub) -> None:

@@ -248,18 +248,6 @@ def test_mistakes_in_the_configuration_are_all_named_at_the_first_use_and_at_eve
     assert influx.close()
 
 
-def test_an_unknown_database_is_named_with_those_there_are(receiver: Receiver) -> None:
-    app = make_app(influx_databases={"main": receiver.url, "web": receiver.url})
-    influx = celery_influx.install(app)
-
-    with pytest.raises(celery_influx.ConfigError) as raised:
-        influx.send_data({"measurement": "m", "fields": {"f": 1}}, "wbe")
-
-    assert str(raised.value) == (
-        "no database 'wbe' in influx_databases; expected one of 'main', 'web'"
-    )
-
-
 def test_the_default_database_answers_for_the_plugin(
     receiver: Receiver, other_receiver: Receiver
 ) -> None:

@@ -128,6 +128,7 @@ class Answer:
         import urllib3
 
         raw = self._response.raw
+        raw.enforce_content_length = True  # urllib3 before 2.0 took a body cut short for whole
         # read() waits for all it was asked for, be it a byte in a minute; read1() for something.
         read, size = (raw.read1, 65_536) if hasattr(raw, "read1") else (raw.read, 1_024)
         while True:
@@ -224,9 +225,11 @@ def why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
                 os.strerror(number).lower(),
                 "is the server running, and are 'host' and 'http_port' right?",
             )
+    # urllib3 before 2.0 tries a call that raises TypeError first, and then goes on from there.
+    last = [each for each in chain if not isinstance(each, TypeError)][-1]
     return (
         "connection",
-        f"the connection failed: {type(chain[-1]).__name__}",
+        f"the connection failed: {type(last).__name__}",
         "is this InfluxDB's HTTP port, and is 'secure' right?",
     )
 

@@ -25,6 +25,7 @@ from celery_influx.queries import (
     parse_answer,
     parse_json,
     require_read_only,
+    require_text,
 )
 from celery_influx.transports import load as load_module
 from celery_influx.transports.answers import Answer, rejected_lines, retry_after, why
@@ -42,6 +43,8 @@ _MEND = {
     "403": "give the user the right to do this",
     "404": "create the database, or correct 'database' and 'http_port'",
     "413": "lower 'batch_bytes' below the server's max-body-size",
+    "5xx": "the log of the server, or of a proxy in front of it, says more",
+    "other": "is this InfluxDB's HTTP API, version 1, and are 'database' and 'http_port' right?",
 }
 
 
@@ -135,7 +138,11 @@ class HTTPClient:
                     self.rejection = self._clean(words)
                     return rejected
                 if words.startswith("field type conflict"):
-                    raise SendError(f"{self.address}: {self._clean(words)}", "conflict")
+                    raise SendError(
+                        f"{self.address}: {self._clean(words)}; expected one type for each field "
+                        "of a measurement",
+                        "conflict",
+                    )
             self.retry_after = retry_after(answer.header("Retry-After"))
             raise self._refused(answer, words, "204")
 
@@ -148,6 +155,7 @@ class HTTPClient:
 
         Raises:
             SendError: It is not up, and why.
+            QueryError: ``timeout`` is not greater than 0.
         """
         started = self._clock()
         with self._request("GET", "/ping", timeout=timeout) as answer:
@@ -188,8 +196,8 @@ class HTTPClient:
                 the server refused it, or a value in ``params`` cannot be bound.
             SendError: The server did not answer.
         """
-        require_read_only(statement)
         fields = self._fields(statement, params, database, retention_policy, epoch)
+        require_read_only(statement)
         if chunked:
             fields["chunked"] = "true"
             if chunked is not True:
@@ -260,22 +268,19 @@ class HTTPClient:
         retention_policy: str | None,
         epoch: str | None,
     ) -> dict[str, str]:
+        database = self._database if database is None else database
+        policy = retention_policy or self._options.retention_policy
         epoch = self._options.epoch if epoch is None else epoch
+        require_text("statement", statement)
+        require_text("database", database)
         if epoch not in EPOCHS:
             raise QueryError(f"epoch: expected one of {', '.join(EPOCHS)}; got {epoch!r}")
-        fields = {
-            "q": statement,
-            "db": self._database if database is None else database,
-            "epoch": epoch,
-        }
-        policy = retention_policy or self._options.retention_policy
+        fields = {"q": statement, "db": database, "epoch": epoch}
         if policy:
+            require_text("retention_policy", policy)
             fields["rp"] = policy
         if params:
             fields["params"] = encode_params(params)
-        for name, value in fields.items():
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise QueryError(f"{name}: half a surrogate pair is no text; expected Unicode text")
         return fields
 
     def _ask(
@@ -315,6 +320,8 @@ class HTTPClient:
     ) -> Answer:
         requests = load_module("requests")
         seconds = self._options.http_timeout if timeout is None else timeout
+        if not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise QueryError(f"timeout: expected seconds greater than 0, got {seconds!r:.80}")
         try:
             response = self._opened().request(
                 method,
@@ -363,11 +370,11 @@ class HTTPClient:
     def _refused(self, answer: Answer, words: str, expected: str) -> SendError:
         status = str(answer.status)
         said = f": {self._clean(words)}" if words else ""
-        mend = f"; {_MEND[status]}" if status in _MEND else ""
+        mend = _MEND.get(status) or _MEND["5xx" if status[0] == "5" else "other"]
         if answer.status // 100 == 3:
             target = self._clean(answer.header("Location") or "nowhere")
-            said, mend = f", which points to {target}", "; redirects are not followed: set that URL"
-        return SendError(f"{self.address}: expected {expected}, got {status}{said}{mend}", status)
+            said, mend = f", which points to {target}", "redirects are not followed: set that URL"
+        return SendError(f"{self.address}: expected {expected}, got {status}{said}; {mend}", status)
 
     def _clean(self, words: str) -> str:
         """Words of the server for a log: shortened, and without our own secrets in them."""

@@ -170,7 +170,8 @@ def test_an_unknown_database_is_a_404_and_an_unknown_policy_a_500(
     assert caught.value.cause == "500"
     assert str(caught.value) == (
         f"http://127.0.0.1:{influxd.http_port}/{database}: expected 204, got 500: "
-        "retention policy not found: nope"
+        "retention policy not found: nope; the log of the server, or of a proxy in front of it, "
+        "says more"
     )
 
 
