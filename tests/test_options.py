@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from types import MappingProxyType
 from typing import Any
 
@@ -676,3 +677,28 @@ def test_no_secret_is_in_a_repr() -> None:
     assert CORE not in repr(options)
     assert CORE not in repr(options.databases["m"])
     assert CORE not in str(options.databases["n"])
+
+
+def test_every_option_of_ex_flux_has_its_counterpart() -> None:
+    theirs = {
+        "host": ["host"],
+        "udp_port": ["udp_port"],
+        "http_port": ["http_port"],
+        "secure?": ["secure"],
+        "database": ["database"],
+        "auth": ["username", "password"],
+        "retention_policy": ["retention_policy"],
+        "epoch": ["epoch", "precision"],  # one for answers and writes
+        "batch_size": ["batch_size"],
+        "max_queue_size": ["queue_size"],
+        "flush_interval": ["flush_interval"],
+        "pool_size": ["pool_size"],
+        "http_opts": ["http_timeout"],
+    }
+
+    found: dict[str, list[str]] = {}
+    for option in dataclasses.fields(DatabaseOptions):
+        for name in re.findall(r"^`(\S+)`", option.metadata.get("ex_flux", "")):
+            found.setdefault(name, []).append(option.name)
+
+    assert found == theirs
