@@ -21,7 +21,7 @@ import redis
 from celery import Celery
 
 import celery_influx
-from tests.integration.worker import Worker, environment, publisher, sending, skip_without
+from tests.integration.worker import Worker, environment, publisher, sending, skip_without, stats
 from tests.servers import Influxd, Redis, wait_for
 
 LIBRARIES = ["gevent", "eventlet"]
@@ -50,6 +50,7 @@ class Running:
         self.store = store
         self._influxd = influxd
         self._database = database
+        self.url = f"http://127.0.0.1:{influxd.http_port}/{database}"
 
     def send(self, name: str, *args: Any, **options: Any) -> Any:
         """Send ``states.<name>``."""
@@ -140,6 +141,20 @@ def test_every_end_of_a_run_in_a_greenlet_gives_exactly_one_point(running: Runni
         never_ran = row["state"] == "REVOKED" or row.get("exception") == "NotRegistered"
         assert (row["runtime"] is None) == never_ran
     assert by_id == ended
+
+
+def test_a_green_worker_says_at_its_start_and_in_inspect_stats_what_it_sends(
+    running: Running,
+) -> None:
+    marks = [running.send("succeed").id for _ in range(3)]
+    running.runs(*marks, at_least=3)
+
+    account = stats(running.sender, running.worker)["main"]
+
+    line = f"celery_influx: main → {running.url} (task runs, timed, send_data)"
+    assert running.worker.log().count(line) == 1
+    assert account["sent"] >= 3
+    assert account["points"] == account["sent"] + account["queued"]
 
 
 def test_a_hard_time_limit_of_a_greenlet_gives_one_point(running: Running) -> None:
