@@ -33,7 +33,7 @@ WARM = TASKS // 10
 STEP = TASKS // 20
 #: Tasks that wait in Redis at most, for each worker.
 PORTION = min(STEP, 2_500)
-#: Growth, in KiB of each process, beyond that of the same process of the worker without plugin.
+#: Growth, in KiB of the worker and of its children, beyond that without the plugin.
 #: A leak of 16 bytes with each task would be more than this, of all.
 MORE = 3_072
 #: By how much the length of a collection may differ from one look to the next: those who look are
@@ -109,11 +109,15 @@ class Side:
         self.dirty.append([private_dirty_kib(pid) for pid in self.processes])
 
     def grown(self, kept: list[list[int]]) -> list[int]:
-        """By how much each process grew beyond its largest size of the warm-up."""
+        """By how much the worker, and its children together, grew beyond the warm-up's largest.
+
+        Together, for they do the same, and each now and then takes a MiB more for itself.
+        """
         warm = WARM // STEP
+        parts = [(worker, sum(children)) for worker, *children in kept]
         return [
-            max(size[number] for size in kept[warm:]) - max(size[number] for size in kept[:warm])
-            for number in range(len(self.processes))
+            max(part[number] for part in parts[warm:]) - max(part[number] for part in parts[:warm])
+            for number in range(2)
         ]
 
     def kept(self) -> list[dict[str, int]]:
