@@ -449,15 +449,19 @@ def _line(
         ) from None
     if _stores(line, measurement, tags, fields, ticks):
         return line
+    # When influxd looks for the end of the line, it takes a backslash and a space in a tag for
+    # the end of the tags: then it depends on the order of the rest, and on how quotes are written.
+    if any("\\ " in text for pair in tags.items() for text in pair):
+        for order in itertools.islice(itertools.permutations(tags.items()), 24):
+            for keys in (list(fields), list(reversed(fields))):
+                ordered = {key: fields[key] for key in keys}
+                for quote in ('"', '\\"'):
+                    line = _join(measurement, dict(order), ordered, ticks, quote)
+                    if _stores(line, measurement, tags, fields, ticks):
+                        return line
     blame = _blame(measurement, tags, fields)
     if blame:
         raise PointError(f"{name}: {blame}")
-    # Each part is good alone. Where a line ends, as influxd reads it, can depend on their order.
-    for order in itertools.islice(itertools.permutations(tags.items()), 24):
-        for keys in (list(fields), list(reversed(fields))):
-            line = _join(measurement, dict(order), {key: fields[key] for key in keys}, ticks)
-            if _stores(line, measurement, tags, fields, ticks):
-                return line
     raise PointError(
         f"{name}: backslashes, quotes and newlines in its names and values, each of them harmless"
         " alone, would together end the line at another place; leave the backslashes out of the"
@@ -466,20 +470,25 @@ def _line(
 
 
 def _join(
-    measurement: str, tags: dict[str, str], fields: dict[str, Any], ticks: int | None
+    measurement: str,
+    tags: dict[str, str],
+    fields: dict[str, Any],
+    ticks: int | None,
+    quote: str = '"',
 ) -> bytes:
     head = measurement.translate(_MEASUREMENT_ESCAPES)
     for key, text in tags.items():
         head += f",{key.translate(_NAME_ESCAPES)}={text.translate(_NAME_ESCAPES)}"
     # influxd skips space, tab and NUL before the first field key: let another key go first.
     keys = sorted(fields, key=lambda key: key.startswith(("\t", "\0")))
-    body = ",".join(f"{_escape_field_key(key)}={_escape_value(fields[key])}" for key in keys)
+    body = ",".join(f"{_escape_field_key(key, quote)}={_escape_value(fields[key])}" for key in keys)
     return f"{head} {body}{'' if ticks is None else f' {ticks}'}".encode()
 
 
-def _escape_field_key(key: str) -> str:
+def _escape_field_key(key: str, quote: str = '"') -> str:
     # Of a backslash before a quote influxd drops the backslash, in field keys only.
-    return key.translate(_NAME_ESCAPES).replace('\\"', '\\\\"')
+    parts = key.translate(_NAME_ESCAPES).split('\\"')
+    return '\\\\"'.join(part.replace('"', quote) for part in parts)
 
 
 def _escape_value(value: float | bool | str) -> str:
@@ -537,7 +546,7 @@ def _blame(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> st
         if not _storable("m", {}, {key: 0}) and not _storable("m", {}, {"f": 0, key: 0}):
             return f"field key {_show(key)} {_reason(key, 'field key')}"
     first = next(iter(fields))
-    if len(fields) == 1 and first.startswith(("\t", "\0")):
+    if all(key.startswith(("\t", "\0")) for key in fields):
         return f"field key {_show(first)} begins with a tab or NUL; add a field with another name"
     series = _join(measurement, tags, {"f": 0}, None).removesuffix(b" f=0i")
     longest = len(series) + 4 + max(len(_escape_field_key(key).encode()) for key in fields)

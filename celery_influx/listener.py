@@ -1,9 +1,10 @@
 """A small UDP and HTTP line-protocol server for development and tests, as strict as influxd.
 
 What influxd 1.6.7 refuses it refuses, in the same words. Simpler than influxd: it has one
-database and keeps it in memory; there is no retention, no authentication and no InfluxQL; a
-type conflict on a new field always costs the later point only, where influxd, in a new shard,
-loses the whole batch.
+database and keeps it in memory; there is no authentication and no InfluxQL; a type conflict on a
+new field always costs the later point only, where influxd, in a new shard, loses the whole batch;
+and a measurement or field key that is no UTF-8 is always refused, where influxd, in a shard that
+exists, takes it and cannot open the shard when it starts again.
 
 Run it: ``python -m celery_influx.listener``
 """
@@ -47,6 +48,8 @@ _TYPE_WORDS = {float: "float", int: "integer", str: "string", bool: "boolean"}
 # Reasons with which influxd fails in storing and loses the whole batch.
 _FATAL = ("proto", "engine")
 _REFUSED_KEPT = 1000
+_ONE_LINE = bytes.maketrans(b"\r\n", b"  ")
+_TOO_OLD = "points beyond retention policy"
 
 
 @dataclass
@@ -69,6 +72,8 @@ class Listener:
         database: The name of its one database.
         udp_precision: The unit in which the times of datagrams are read: "", which is "ns",
             "u", "ms" or "s".
+        retention: Points that are older than this many seconds when they come are dropped, as
+            by a retention policy; ``None``: none are. What was stored stays.
         verbose: Print each point and each refusal.
         max_points: Keep this many points at most, the newest; ``None``: all.
 
@@ -84,6 +89,7 @@ class Listener:
         database: str = "celery",
         *,
         udp_precision: str = "",
+        retention: float | None = None,
         verbose: bool = False,
         max_points: int | None = None,
     ) -> None:
@@ -92,6 +98,7 @@ class Listener:
         self.received = Received()
         self._ports = (udp_port, http_port)
         self._udp_unit = _UNITS.get(udp_precision, 1)
+        self._retention = None if retention is None else round(retention * 1_000_000_000)
         self._verbose = verbose
         self._max_points = max_points
         self._refused: deque[str] = deque(maxlen=_REFUSED_KEPT)
@@ -286,6 +293,8 @@ class Listener:
         if broken:
             return 500, broken[0]
         dropped += self._store(points, unit)
+        # influxd first parts the points by their age, and says that last.
+        dropped = [text for text in dropped if text != _TOO_OLD] or dropped
         if dropped:
             return 400, f"partial write: {dropped[-1]} dropped={len(dropped)}"
         if unparsed:
@@ -307,14 +316,17 @@ class Listener:
 
     def _store(self, points: list[Point], unit: int) -> list[str]:
         """Store the points; why some were dropped."""
-        now = time.time_ns() // unit
+        now = time.time_ns()
         dropped = []
         for point in points:
+            ticks = point.timestamp if isinstance(point.timestamp, int) else now // unit
+            if self._retention is not None and ticks * unit < now - self._retention:
+                dropped.append(_TOO_OLD)
+                continue
             conflict = self._type_conflict(point)
             if conflict:
                 dropped.append(conflict)
                 continue
-            ticks = point.timestamp if isinstance(point.timestamp, int) else now
             key = (point.measurement, frozenset((point.tags or {}).items()), ticks * unit)
             self._rows.setdefault(key, {}).update(point.fields)
             if self._max_points is not None and len(self._rows) > self._max_points:
@@ -368,6 +380,8 @@ class _TooLargeError(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # An answer goes in two writes, the second of which would wait 40 ms for its peer.
+    disable_nagle_algorithm = True
     server: _HTTPServer
 
     def do_GET(self) -> None:
@@ -466,8 +480,9 @@ class _Handler(BaseHTTPRequestHandler):
         if document is not None:
             self.send_header("Content-Type", "application/json")
             if "error" in document:
-                header = json.dumps(document["error"]).strip('"')  # ASCII, no line breaks
-                self.send_header("X-Influxdb-Error", header[:1000])
+                # Bytes go as they are, but in one line; and not more of them than of influxd.
+                header = document["error"].encode()[:1024].translate(_ONE_LINE).decode("latin-1")
+                self.send_header("X-Influxdb-Error", header.strip(" \t"))
         if status != 204:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -391,7 +391,7 @@ POINTS = [
         "expected nanoseconds since 1970 as an int, or a datetime",
     ),
     # All of it together.
-    sent(Point("m", {'"f': 1}, {"k\\ ": "v"}), f"point 'm': {TOGETHER}"),
+    sent(Point("m", {',\\"f': 1}, {"k\\ ": "v"}), f"point 'm': {TOGETHER}"),
 ]
 
 # -- lines -------------------------------------------------------------------------------------

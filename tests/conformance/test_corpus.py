@@ -21,6 +21,7 @@ from celery_influx.errors import PointError
 from celery_influx.line_protocol import encode
 from celery_influx.line_reader import parse
 from celery_influx.point import Point
+from tests.conformance.hostile import REFUSALS
 from tests.conformance.reading import exactly
 from tests.servers import Influxd
 
@@ -132,8 +133,9 @@ def all_points() -> list[Point]:
 def test_no_point_of_the_corpus_that_influxd_stores_is_refused(
     influxd: Influxd, database: str
 ) -> None:
+    points = all_points()
     refused = []
-    for number, point in enumerate(all_points()):
+    for number, point in enumerate(points):
         one = point._replace(measurement=f"{point.measurement}~{number}")
         try:
             line = encode(one)
@@ -145,6 +147,9 @@ def test_no_point_of_the_corpus_that_influxd_stores_is_refused(
 
     # influxd drops points with a tag "time", too.
     assert [sorted(point.tags or {}) for point in refused] == [["tag0", "time"]] * 2
+    told = " ".join(REFUSALS.read_text("utf-8").split())
+    said = f"Of the {len(points)} points of the public line-protocol-corpus {len(refused)} are"
+    assert (len(points), said in told) == (366, True)
 
 
 #: The corpus refuses one of its points itself.

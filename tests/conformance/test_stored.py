@@ -102,6 +102,25 @@ def test_hostile_points_sent_by_udp_are_stored_and_survive_a_restart(tmp_path: P
         check(server, server.udp_database, lines)
 
 
+@pytest.mark.parametrize(
+    "point",
+    [
+        Point("m", {'a"b': "x", "c": "y"}, {"k\\ ": "v", "l": " \\=v"}, 1),
+        Point("m", {'é"😀11': "\\\\", "queue": "_"}, {'""a\\ ': " _", "b": " \\=é "}, 1),
+        Point("m", {"f": "x"}, {"' \na": 'h"', "#": "'\"-\\\\.", "é\0=\\ ": ":b c"}, 1),
+    ],
+)
+def test_a_line_is_written_so_that_it_ends_where_the_point_does(
+    influxd: Influxd, database: str, point: Point
+) -> None:
+    line = encode(point)
+
+    assert influxd.write(line + b"\nneighbour f=1 1", database) == (204, "")
+
+    found = {exactly(one) for one in read_back(influxd, database).values()}
+    assert found == {exactly(point), exactly(Point("neighbour", {"f": 1.0}, None, 1))}
+
+
 def test_a_tag_and_a_field_may_have_the_same_name(influxd: Influxd, database: str) -> None:
     influxd.write(encode(Point("m", {"a": 1}, {"a": "x"}, 1)), database)
 
