@@ -21,7 +21,15 @@ import redis
 from celery import Celery
 
 import celery_influx
-from tests.integration.worker import Worker, environment, publisher, sending, skip_without, stats
+from tests.integration.worker import (
+    Worker,
+    environment,
+    publisher,
+    revoke,
+    sending,
+    skip_without,
+    stats,
+)
 from tests.servers import Influxd, Redis, wait_for
 
 LIBRARIES = ["gevent", "eventlet"]
@@ -109,7 +117,7 @@ def running(
 def test_every_end_of_a_run_in_a_greenlet_gives_exactly_one_point(running: Running) -> None:
     ended: dict[str, list[tuple[str, str | None, int]]] = {}
     revoked = "revoked-before-it-was-sent"
-    running.sender.control.revoke(revoked, reply=True, timeout=5, limit=1)
+    revoke(running.sender, revoked)
     past = datetime.now(timezone.utc) - timedelta(seconds=5)
 
     ended[running.send("succeed").id] = [("SUCCESS", None, 0)]

@@ -26,7 +26,7 @@ from celery.app.defaults import NAMESPACES
 from kombu import Producer
 
 import celery_influx
-from tests.integration.worker import Worker, publisher, skip_without
+from tests.integration.worker import Worker, publisher, revoke, skip_without
 from tests.servers import Influxd, RabbitMQ, Redis, wait_for
 
 #: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
@@ -108,7 +108,7 @@ def revoked_while_running(
 def revoked_before(bench: Bench) -> str:
     """A row whose task was revoked before it was sent."""
     task_id = str(uuid.uuid4())
-    bench.sender.control.revoke(task_id, reply=True, timeout=5, limit=1)
+    revoke(bench.sender, task_id)
     return bench.send("succeed", task_id=task_id)
 
 

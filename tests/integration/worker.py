@@ -207,6 +207,18 @@ def sending(app: Celery) -> Iterator[Any]:
         yield send
 
 
+def revoke(app: Celery, task_id: str) -> None:
+    """Revoke a task that is not there yet, and wait until a worker has heard of it.
+
+    A worker takes tasks before it listens to such words, and what is said earlier is gone.
+    """
+    wait_for(
+        lambda: app.control.revoke(task_id, reply=True, timeout=1, limit=1),
+        20,
+        "an answer to a revoke",
+    )
+
+
 def stats(app: Celery, worker: Worker) -> dict[str, dict[str, int]]:
     """Our part of ``celery inspect stats``: database to counters, over all the processes."""
 

@@ -47,12 +47,17 @@ influx = celery_influx.install(app)
 def outer(self: Task) -> dict[str, Any]:
     """Send two tasks, one of them with this one's own headers; what is known of the traces."""
     time.sleep(0.2)
-    published = time.time()
+    times = [time.time()]
+    fresh = inner.apply_async(headers={"mine": "kept"}).id
+    times.append(time.time())
+    handed = inner.apply_async(headers=self.request.headers).id
+    times.append(time.time())
     context = trace.get_current_span().get_span_context()
     return {
-        "published": published,
-        "fresh": inner.apply_async(headers={"mine": "kept"}).id,
-        "handed": inner.apply_async(headers=self.request.headers).id,
+        "fresh": fresh,
+        "fresh published": times[:2],
+        "handed": handed,
+        "handed published": times[1:],
         "otel": f"{context.trace_id:032x}",
         "sentry": sentry_sdk.get_current_span().trace_id,
     }
