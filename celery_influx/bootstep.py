@@ -44,7 +44,7 @@ class InfluxStep(bootsteps.StartStopStep):
             logger.info("celery_influx is switched off (influx_enabled)")
             return
         self.influx.start()
-        if self.influx.watches_runs:
+        if self.influx.watches_runs or self.influx.is_green:
             verdicts.watch(parent.app)
         _watch_decoding(parent.consumer)
         what = "task runs, " if self.influx.options.task_points else ""
@@ -65,7 +65,7 @@ class InfluxStep(bootsteps.StartStopStep):
 
     def terminate(self, parent: Any) -> None:
         """A cold shutdown: the children are gone, and ``worker_shutdown`` does not come."""
-        self.influx.close()
+        _close(self.influx)
 
     def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override]
         """For ``celery inspect stats``."""
@@ -91,6 +91,12 @@ def _pool(worker: Any) -> str:
 def _on_worker_shutdown(sender: Any = None, **_: Any) -> None:
     influx = find(getattr(sender, "app", None))
     if influx:
+        _close(influx)
+
+
+def _close(influx: Influx) -> None:
+    # Greenlets may still run, until the process exits; all is sent then, and once.
+    if not influx.is_green:
         influx.close()
 
 

@@ -6,10 +6,13 @@ see ``verdicts``.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TimeLimitExc
 from celery_influx import tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, find, installed
+from celery_influx.runs import LOST
 
 #: Name of the one header: "1;<ns of this publish>;<ns of the first publish>". Flat, small and
 #: scalar; whoever does not know it can leave it alone, and so do we with another version's.
@@ -44,6 +48,8 @@ def connect() -> None:
         (signals.worker_process_shutdown, _on_child_end),
     ):
         signal.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
+    atexit.register(_on_exit)
+    os.register_at_fork(after_in_child=_greenlets.clear)
 
 
 def _on_publish(headers: dict[str, Any] | None = None, body: object = None, **_: Any) -> None:
@@ -95,10 +101,16 @@ def _on_start(task: Task[Any, Any], **_: Any) -> None:
         return
     tags, fields = tags_and_fields(influx, task.name, request, request.retries)
     _add_wait(fields, influx, request, time.time_ns())
-    if not request.is_eager:  # one that is runs in the middle of another
+    if request.is_eager:
+        # It runs in the middle of another, or in no worker: Celery has the machine's name for it.
+        # In a worker each point has the worker's without us.
+        del tags["worker"]
+    else:
         influx.start_run(request.id, tags, fields, goes_back=bool(task.acks_late))
     run = _Run(influx, tags, fields, time.perf_counter(), time.thread_time())
     request.__dict__["influx_run"] = run
+    if influx.is_green:
+        _greenlets[id(request)] = _Greenlet(request.id, run)
 
 
 def _on_end(
@@ -109,6 +121,9 @@ def _on_end(
     run: _Run | None = request.__dict__.pop("influx_run", None)
     if run is None:
         return
+    greenlet = _greenlets.pop(id(request), None) if run.influx.is_green else None
+    if run.influx.is_green and greenlet is None:
+        return  # the process exits, and its point is written
     # A task may also give an exception back, as its result.
     exception = retval if state != "SUCCESS" and isinstance(retval, BaseException) else None
     if state is None:
@@ -116,8 +131,14 @@ def _on_end(
         if run.influx.watches_runs and isinstance(exception, (SystemExit, KeyboardInterrupt)):
             return  # this child ends, and the worker knows why
         state = _STATES.get(type(exception), "FAILURE")
-        if run.influx.is_green and not isinstance(exception, Exception):
-            state, exception = _GREEN.get(type(exception).__name__, (state, exception))
+        if greenlet and not isinstance(exception, Exception):
+            # Told apart by name, for the library need not be installed.
+            name = type(exception).__name__
+            if name == "GreenletExit":
+                greenlet.end_killed(clock)
+                return
+            if name == "Timeout":
+                exception = TimeLimitExceeded()
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
     fields = {"runtime": clock - run.clock, **run.fields}
@@ -133,12 +154,80 @@ def _on_end(
 #: What a task says of its run by raising it.
 _STATES = {Retry: "RETRY", Ignore: "IGNORED", Reject: "REJECTED"}
 
-#: What is raised in a greenlet to end it, by name, for its library need not be installed: by a
-#: revoke that terminates; and by gevent's pool at a hard time limit.
-_GREEN: dict[str, tuple[str, BaseException | None]] = {
-    "GreenletExit": ("REVOKED", None),
-    "Timeout": ("FAILURE", TimeLimitExceeded()),
-}
+
+class _Greenlet:
+    """A run in a greenlet: Celery may kill it, or end its process and say nothing of it.
+
+    ``verdict``: state and exception, from who killed it. ``awaits_verdict``: who is still at it,
+    while eventlet's greenlets end at once, and gevent's later.
+    """
+
+    __slots__ = ("_ended", "awaits_verdict", "id", "run", "verdict")
+
+    def __init__(self, task_id: str | None, run: _Run) -> None:
+        self.id = task_id
+        self.run = run
+        self.awaits_verdict = False
+        self.verdict: tuple[str, str | None] | None = None
+        self._ended = 0.0
+
+    def end_killed(self, clock: float) -> None:
+        """Write its point, now or as soon as there is a verdict."""
+        self._ended = clock
+        if not self.awaits_verdict:
+            self.end("FAILURE")
+
+    def judge(self, verdict: tuple[str, str | None] | None) -> None:
+        """Take the verdict, or none from who came to none."""
+        self.verdict = verdict
+        awaited, self.awaits_verdict = self.awaits_verdict, False
+        if awaited and self._ended:
+            self.end("FAILURE")
+
+    def end(self, state: str) -> None:
+        """Write its point; ``state`` is of one without a verdict."""
+        run = self.run
+        state, exception = self.verdict or (state, LOST)
+        runtime = (self._ended or time.perf_counter()) - run.clock
+        tags = {**run.tags, "state": state}
+        if exception:
+            tags["exception"] = exception
+        run.influx.write_run(tags, {"runtime": runtime, **run.fields})
+
+
+#: Runs under way in greenlets, by their requests' identity.
+_greenlets: dict[int, _Greenlet] = {}
+
+
+@contextmanager
+def killing(task_id: str, state: str, exception: str | None) -> Iterator[None]:
+    """Celery kills a task meanwhile; what its greenlet comes to if Celery gets through with it.
+
+    From a signal's handler it may not: such a one must not block, and waits all the same.
+    """
+    killed = [each for each in _greenlets.values() if each.id == task_id]
+    for each in killed:
+        each.awaits_verdict = True
+    verdict = None
+    try:
+        yield
+        verdict = (state, exception)
+    finally:
+        for each in killed:
+            each.judge(verdict)
+
+
+def _on_exit() -> None:
+    """What still runs in a worker's greenlets ends with its process."""
+    if not _greenlets:
+        return
+    from celery.worker.state import active_requests
+
+    # Early or late, the broker gives out again what it has not heard of.
+    back = {request.id for request in active_requests if not request.message.acknowledged}
+    while _greenlets:
+        _, lost = _greenlets.popitem()
+        lost.end("RETRY" if lost.id in back else "FAILURE")
 
 
 def _raised() -> BaseException | None:

@@ -1,5 +1,7 @@
 """What Celery makes of a run that was killed: told by a worker's requests, for ``runs``.
 
+Or for ``signals``, where runs are in greenlets.
+
 Signals tell some of it, some of it twice, and not the same in every version of Celery. The
 request of a task knows all of it; and Celery lets a task choose its request's class.
 """
@@ -15,7 +17,7 @@ from celery.exceptions import Terminated, WorkerLostError
 from kombu.utils.imports import symbol_by_name
 
 from celery_influx.runs import LOST
-from celery_influx.signals import recorder, tags_and_fields
+from celery_influx.signals import killing, recorder, tags_and_fields
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +62,17 @@ class _Watched(_Base):  # type: ignore[misc]
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """The task was revoked: its child is killed, if it was seen to have it."""
-        super().terminate(pool, signal)
+        with killing(self.id, "REVOKED", None):
+            super().terminate(pool, signal)
         if self.time_start:
             self._judge("REVOKED", None)
 
     def cancel(self, pool: Any, *args: Any, **kwargs: Any) -> None:
         """The worker ends, or lost its broker: the child is killed, and the message goes back."""
-        super().cancel(pool, *args, **kwargs)
+        # Where Celery leaves that to the broker, it acknowledges what was killed in a greenlet.
+        state = "RETRY" if kwargs.get("emit_retry", True) else "FAILURE"
+        with killing(self.id, state, LOST):
+            super().cancel(pool, *args, **kwargs)
         if self.time_start:
             self._judge("RETRY", LOST)
 

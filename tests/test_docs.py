@@ -154,6 +154,19 @@ def test_each_test_that_a_page_names_is_there() -> None:
     assert [each for each in named if f"def {each[1]}(" not in tests] == []
 
 
+def test_each_row_of_what_is_lost_when_names_a_test_that_is_there() -> None:
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    page = (ROOT / "docs/explanation/what-is-lost-when.md").read_text()
+
+    lines = [line.removesuffix(" |") for line in page.splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not line.endswith(("| shown by", "| ---"))]
+    named = [re.findall(r"`(test_\w+)`", row.rpartition("|")[2]) for row in rows]
+
+    assert len(rows) > 20
+    assert [row for row, names in zip(rows, named, strict=True) if not names] == []
+    assert [name for names in named for name in names if f"def {name}(" not in tests] == []
+
+
 def test_the_reference_tables_are_what_the_code_says() -> None:
     done = subprocess.run(
         [sys.executable, "docs/tables.py", "--check"],

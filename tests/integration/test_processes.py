@@ -367,6 +367,63 @@ def test_threads_that_still_send_neither_break_nor_hold_up_the_end_of_the_interp
     assert seconds < 4, "the shutdown timeout is for a server that does not answer"
 
 
+#: Seconds: of the setting; and for the thread that sends to have its turn, and the server's answer.
+FLUSH_INTERVAL, SENDING = 0.2, 0.5
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "the end of its multiprocessing.Pool"])
+def test_a_process_that_is_killed_loses_at_most_the_last_flush_interval(
+    how: str,
+    influxd: Influxd,
+    database: str,
+    config: dict[str, object],
+    tmp_path: Path,
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval={FLUSH_INTERVAL}"
+    config["influx_databases"] = {"metrics": url}
+    processes, kind = (1, "stream") if how.startswith("SIG") else (CHILDREN, "ended_pool")
+
+    def accepted() -> dict[int, list[float]]:
+        """When each point was accepted, by process and number; a line may be half-written."""
+        notes = {
+            int(path.name.split()[1]): path.read_text().rpartition("\n")[0].splitlines()
+            for path in tmp_path.glob("accepted *")
+        }
+        return {pid: [float(line.split()[1]) for line in lines] for pid, lines in notes.items()}
+
+    def span(times: list[float]) -> float:
+        return times[-1] - times[0] if times else 0
+
+    script = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", APP, kind],
+        env=environment("memory://", config, FOLDER=str(tmp_path)),
+    )
+    try:
+        wait_for(lambda: len(accepted()) == processes, 20, "points are sent")
+        wait_for(lambda: min(map(span, accepted().values())) > 1.5, 20, "and more of them")
+        if kind == "stream":
+            killed = time.time()
+            script.send_signal(signal.Signals[how])
+            assert script.wait(10) == -signal.Signals[how]
+        else:
+            (tmp_path / "go").touch()
+            assert script.wait(10) == 0
+            killed = float((tmp_path / "go").read_text())
+    finally:
+        script.kill()
+        script.wait(10)
+
+    rows = influxd.rows("stream", database)
+    for pid, times in accepted().items():
+        stored = [row["number"] for row in rows if row["pid"] == pid]
+        promised = sum(when < killed - FLUSH_INTERVAL - SENDING for when in times)
+        print(f"{how}: {len(times)} accepted, {promised} promised, {len(stored)} stored")
+        assert promised > 100
+        # All but the newest ones. The last that was accepted may not have been written down.
+        assert stored == [*range(len(stored))]
+        assert promised <= len(stored) <= len(times) + 1
+
+
 def test_a_long_idle_process_sends_at_once_when_it_is_used_again(
     influxd: Influxd, database: str, tap: Tap, config: dict[str, object], tmp_path: Path
 ) -> None:
@@ -533,7 +590,10 @@ def log_of(folder: Path) -> str:
     return "".join(each.read_text(errors="replace") for each in folder.glob("*.log"))
 
 
-@pytest.mark.parametrize("command", ["multi", "worker --detach"])
+@pytest.mark.parametrize(
+    "command",
+    ["multi", pytest.param("multi, restarted", marks=pytest.mark.long), "worker --detach"],
+)
 def test_detached_workers_send_all_that_their_tasks_made(
     command: str,
     influxd: Influxd,
@@ -545,29 +605,47 @@ def test_detached_workers_send_all_that_their_tasks_made(
     store: redis.Redis,
     tmp_path: Path,
 ) -> None:
-    nodes = 2 if command == "multi" else 1
+    names = ["one", "two"] if command.startswith("multi") else ["one"]
     options = ["-c", "2", "-l", "info", "--pidfile=%n.pid", "--logfile=%n.log"]
+    # So long that a restart comes in the middle of them.
+    tasks, seconds = (400, 0.05) if "restarted" in command else (100, 0.01)
 
-    if command == "multi":
-        celery(tmp_path, config, broker, "multi", "start", "one", "two", *options)
-    else:
+    def multi(what: str) -> None:
+        celery(tmp_path, config, broker, "multi", what, *names, *options)
+
+    def started(times: int) -> set[int]:
+        wait_for(lambda: log_of(tmp_path).count(" ready.") == times * len(names), 20, "ready")
+        return {int(each.read_text()) for each in tmp_path.glob("*.pid")}
+
+    if command == "worker --detach":
         celery(tmp_path, config, broker, "worker", "--detach", "-n", "one", *options)
+    else:
+        multi("start")
     try:
-        wait_for(lambda: log_of(tmp_path).count(" ready.") == nodes, 20, "ready")
-        pids = [int(each.read_text()) for each in tmp_path.glob("*.pid")]
-        for _ in range(100):
-            sender.send_task("processes.work", [0.01], ignore_result=True)
-        wait_for(lambda: count(store, "works") == 100, 20)
+        pids = started(1)
+        for _ in range(tasks):
+            sender.send_task("processes.work", [seconds], ignore_result=True)
+        if "restarted" in command:
+            wait_for(lambda: count(store, "works") > 20, 20)
+            multi("restart")
+            before = count(store, "works")
+            pids |= started(2)
+            assert 20 < before < tasks
+        wait_for(lambda: count(store, "works") == tasks, 20)
+        if command.startswith("multi"):
+            multi("stopwait" if "restarted" in command else "stop")
     finally:
         for each in tmp_path.glob("*.pid"):
-            os.kill(int(each.read_text()), signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
+                os.kill(int(each.read_text()), signal.SIGTERM)
         wait_for(lambda: not [*tmp_path.glob("*.pid")], 20, "all have ended")
 
-    assert len(pids) == nodes
+    assert len(pids) == len(names) * (2 if "restarted" in command else 1)
     wait_for(lambda: not any(map(alive, pids)), 10, "all have ended")
-    assert len(store.smembers("pids")) == 2 * nodes
-    assert influxd.count("work", "number", database) == tap.count("work") == 500
-    assert influxd.count("celery_task", "runtime", database) == 100
+    assert len(store.smembers("pids")) == 2 * len(pids)
+    assert count(store, "works") == tasks
+    assert influxd.count("work", "number", database) == tap.count("work") == 5 * tasks
+    assert influxd.count("celery_task", "runtime", database) == tasks
     assert is_clean(log_of(tmp_path)), log_of(tmp_path)
 
 

@@ -7,8 +7,11 @@ by a real message, and by a real signal or limit.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
@@ -26,7 +29,14 @@ from celery.app.defaults import NAMESPACES
 from kombu import Producer
 
 import celery_influx
-from tests.integration.worker import Worker, publisher, revoke, skip_without
+from tests.integration.worker import (
+    Worker,
+    alive,
+    environment,
+    publisher,
+    revoke,
+    skip_without,
+)
 from tests.servers import Influxd, RabbitMQ, Redis, wait_for
 
 #: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
@@ -64,6 +74,11 @@ class Bench:
         found = self.store.lrange(f"began {task_id}", 0, -1)
         return [float(each.split()[0]) for each in found]
 
+    def pid(self, task_id: str) -> int:
+        """The process in which the task's first run began."""
+        (first,) = self.store.lrange(f"began {task_id}", 0, 0)
+        return int(first.split()[1])
+
     def wait_for_start(self, task_id: str) -> None:
         """Wait until the task's body runs."""
         wait_for(lambda: self.began(task_id), 20, f"{task_id} runs")
@@ -95,11 +110,13 @@ def revoked_while_running(
     def make(bench: Bench) -> str:
         task_id = bench.send(f"sleep {seconds}", task=task)
         bench.wait_for_start(task_id)
-        if name in ("SIGKILL", "SIGABRT", "SIGSEGV"):  # no `finally` runs
-            bench.note_end(task_id)
         bench.sender.control.revoke(
             task_id, terminate=True, signal=name, destination=[bench.worker.name]
         )
+        if name in ("SIGKILL", "SIGABRT", "SIGSEGV"):  # no `finally` runs
+            pid = bench.pid(task_id)
+            wait_for(lambda: not alive(pid), 20, f"the end of {task_id}")
+            bench.note_end(task_id)
         return task_id
 
     return make
@@ -121,7 +138,7 @@ def killed_from_outside(bench: Bench) -> str:
     """A row whose child is killed by somebody else, as by a system that is out of memory."""
     task_id = bench.send("sleep 30")
     bench.wait_for_start(task_id)
-    pid = int(bench.store.lrange(f"began {task_id}", 0, 0)[0].split()[1])
+    pid = bench.pid(task_id)
     assert pid in bench.worker.children()
     bench.note_end(task_id)
     os.kill(pid, signal.SIGKILL)
@@ -390,6 +407,8 @@ def bench(
     """A worker for one test, of the prefork pool unless ``parametrize`` says otherwise."""
     config = {"pool": "prefork", **getattr(request, "param", {})}
     pool = config.pop("pool")
+    if pool in GREEN:
+        skip_without(pool)
     found = make_bench(pool, redis_server, influxd, tmp_path, 3, **config)
     yield found
     found.worker.stop(signal.SIGKILL)
@@ -426,7 +445,18 @@ def wait_for_rest(bench: Bench, ids: list[str]) -> list[float]:
     return [began for task_id in ids for began in bench.began(task_id)]
 
 
-@pytest.mark.parametrize("task", ["run", "late"])
+@pytest.mark.parametrize(
+    ("bench", "task"),
+    [
+        ({}, "run"),
+        ({}, "late"),
+        ({"pool": "gevent"}, "run"),
+        ({"pool": "eventlet"}, "late"),
+        pytest.param({"pool": "gevent"}, "late", marks=pytest.mark.long),
+        pytest.param({"pool": "eventlet"}, "run", marks=pytest.mark.long),
+    ],
+    indirect=["bench"],
+)
 def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> None:
     with bench.worker:
         task_id = bench.send("sleep 30", task=task)
@@ -436,7 +466,13 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
 
     (point,) = bench.points(task_id)
     (state,) = states([point])
-    if HAS_SOFT_SHUTDOWN:
+    if not bench.worker.name.startswith("prefork"):
+        # Celery before 5.5 just exits, and the broker gives out again what it has not heard of. Later
+        # ones kill the greenlet, acknowledge its message, and fail to call that a retry.
+        goes_back = bool(bench.store.llen("celery"))
+        assert state == ("RETRY" if goes_back else "FAILURE", LOST)
+        assert goes_back == (not HAS_SOFT_SHUTDOWN) or task == "run"
+    elif HAS_SOFT_SHUTDOWN:
         assert state == ("RETRY", LOST)
     elif task == "run":
         assert state == ("FAILURE", LOST)
@@ -532,9 +568,22 @@ def small_group(tmp_path: Path) -> Iterator[Path]:
     group.rmdir()
 
 
+CANCELS = {"worker_cancel_long_running_tasks_on_connection_loss": True}
+
+
 @pytest.mark.parametrize(
     "bench",
-    [{"worker_cancel_long_running_tasks_on_connection_loss": True}],
+    [
+        {"pool": "prefork", **CANCELS},
+        pytest.param({"pool": "eventlet", **CANCELS}, marks=pytest.mark.long),
+        pytest.param(
+            {"pool": "gevent", **CANCELS},
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(not HAS_SOFT_SHUTDOWN, reason="Celery before 5.5 ends of it"),
+            ],
+        ),
+    ],
     indirect=True,
 )
 def test_a_run_that_is_cancelled_as_the_broker_is_lost_has_its_point(bench: Bench) -> None:
@@ -625,6 +674,56 @@ def test_eager_runs_count_where_they_are_asked_for(bench: Bench) -> None:
     (eager,) = bench.points(f"{task_id} eager")
     assert states([eager]) == [OK]
     assert eager["wait"] is None  # it was never published
+    assert eager["worker"] == bench.worker.name
+
+
+EAGER = {
+    "succeed": [OK],
+    "fail": [("FAILURE", "Broken")],
+    "retry": [("RETRY", "Broken"), ("RETRY", "Broken"), OK],
+}
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_eager_runs_of_a_script_count_only_where_they_are_asked_for(
+    counted: bool, influxd: Influxd, database: str
+) -> None:
+    config = {
+        "influx_databases": {"main": f"http://127.0.0.1:{influxd.http_port}/{database}"},
+        "influx_task_ids": True,
+        "influx_eager": counted,
+        "result_backend": "cache+memory://",
+    }
+
+    script = subprocess.run(
+        [sys.executable, "-m", "tests.integration.apps.eager"],
+        env=environment("memory://", config),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert script.returncode == 0, script.stderr
+    found = json.loads(script.stdout)
+    points = influxd.rows("celery_task", database)
+    points.sort(key=lambda point: point["retries"])
+    expected = {
+        f"{how} by {by}": ends if counted else []
+        for by in ("apply", "delay", "raising delay")
+        for how, ends in EAGER.items()
+    }
+    if counted:
+        # A call that raises what the task does ends with the first run.
+        expected["retry by raising delay"] = [("RETRY", "Broken")]
+        assert Counter(point["id"] for point in points) == Counter(found["starts"])
+    assert len(found["starts"]) == 13
+    assert {
+        called: states([point for point in points if point["id"] == task_id])
+        for called, task_id in found["ids"].items()
+    } == expected
+    assert {point["task"] for point in points} == ({"eager.end"} if counted else set())
+    # It was never published, and nobody's worker ran it.
+    assert not any(point.get("wait") or point.get("worker") for point in points)
 
 
 def test_each_task_of_a_canvas_has_one_point(bench: Bench) -> None:

@@ -7,27 +7,39 @@ import os
 import time
 from typing import Any
 
-from celery import Task
+from celery import Task, signals
 
 import celery_influx
 from tests.integration.apps.base import make_app, store
 
 app = make_app("ends", worker_prefetch_multiplier=1)
+
+
+@signals.worker_shutdown.connect(weak=False)  # before the plugin is, and so called before it
+def _note_that_all_tasks_have_ended(**_: Any) -> None:
+    store().set("all tasks have ended", time.time())
+
+
 influx = celery_influx.install(app)
 _PR_SET_PDEATHSIG = 1
 
 
 @app.task(name="ends.stream", bind=True, ignore_result=True)
 def stream(self: Task, first: int, seconds: float) -> None:
-    """Send a point about every 2 ms for so long, numbered from ``first``."""
+    """Send a point about every 2 ms for so long, numbered from ``first``; note what ends it."""
     store().rpush("starts", f"{self.request.id} {os.getpid()}")
     until = time.monotonic() + seconds
     serial = first
-    while time.monotonic() < until:
-        influx.send_data({"measurement": "custom", "fields": {"serial": serial}})
-        store().rpush("accepted", f"{serial} {time.time()}")
-        serial += 1
-        time.sleep(0.001)
+    try:
+        while time.monotonic() < until:
+            influx.send_data({"measurement": "custom", "fields": {"serial": serial}})
+            store().rpush("accepted", f"{serial} {time.time()}")
+            serial += 1
+            time.sleep(0.001)
+    except BaseException as error:
+        store().rpush("ends", type(error).__name__)
+        raise
+    store().rpush("ends", "its own end")
 
 
 @app.task(name="ends.burst", ignore_result=True)

@@ -6,6 +6,7 @@ As a script: ``python -m tests.integration.apps.processes KIND``; one function f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -212,6 +213,27 @@ def threads() -> None:
     while sum(counts) < 5_000:
         time.sleep(0.01)
     counts[7] = sum(counts[:4])
+
+
+def stream(_: object = None) -> None:
+    """Send a point about every ms until killed; write down each that was accepted, and when."""
+    path = Path(os.environ["FOLDER"], f"accepted {os.getpid()}")
+    with path.open("wb", buffering=0) as notes:
+        for number in itertools.count():
+            point = {"measurement": "stream", "fields": {"number": number, "pid": os.getpid()}}
+            influx.send_data(point)
+            notes.write(f"{number} {time.time()}\n".encode())
+            time.sleep(0.001)
+
+
+def ended_pool() -> None:
+    """multiprocessing.Pool, whose ``with`` ends its children by SIGTERM; when, is written down."""
+    go = Path(os.environ["FOLDER"], "go")
+    with multiprocessing.get_context("fork").Pool(CHILDREN) as workers:
+        workers.map_async(stream, range(CHILDREN), chunksize=1)
+        while not go.exists():
+            time.sleep(0.01)
+        go.write_text(str(time.time()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One process in which a worker starts and stops many times: what it leaves behind.
 
-Arguments: how many times. The pool is solo, the broker in memory. Prints JSON.
+Arguments: how many times, and the pool: solo or prefork. With ``PLUGIN=no`` in the environment it
+has no plugin. Prints JSON.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import tracemalloc
@@ -19,14 +21,18 @@ from typing import Any
 from celery.worker import state
 
 import celery_influx
-from tests.integration.apps.base import make_app
+from tests.integration.apps.base import end_at_once, make_app
 
 app = make_app(
     "restarts",
     worker_redirect_stdouts=False,
     broker_transport_options={"polling_interval": 0.01},
 )
-influx = celery_influx.install(app)
+WITH_PLUGIN = os.environ.get("PLUGIN", "yes") == "yes"
+if WITH_PLUGIN:
+    celery_influx.install(app)
+end_at_once()
+POOL = sys.argv[2]
 WARM_UP = 20
 OURS = "celery_influx"
 
@@ -34,35 +40,42 @@ OURS = "celery_influx"
 @app.task(name="restarts.last", ignore_result=True)
 def last() -> None:
     """Send a point, and have the worker stop when this has ended."""
-    influx.send_data({"measurement": "custom", "fields": {"number": 1}})
-    state.should_stop = 0
+    if WITH_PLUGIN:
+        app.influx.send_data({"measurement": "custom", "fields": {"number": 1}})
+    if POOL == "solo":
+        state.should_stop = 0
+    else:
+        # When the worker knows of the task's end; its children wait for that, 1 s at most.
+        threading.Timer(0.05, os.kill, (os.getppid(), signal.SIGTERM)).start()
 
 
 def run_worker() -> None:
     """A whole worker, from its blueprint to its end."""
     state.should_stop = None
     last.delay()
-    last.delay()  # having been told to stop, Celery's loop waits 2 s for one more message
+    if POOL == "solo":
+        last.delay()  # having been told to stop, Celery's loop waits 2 s for one more message
     alone = {"without_mingle": True, "without_gossip": True, "without_heartbeat": True}
-    worker = app.Worker(pool="solo", hostname="again@test", loglevel="ERROR", quiet=True, **alone)
+    quiet = {"loglevel": "ERROR", "quiet": True}
+    worker = app.Worker(pool=POOL, concurrency=1, hostname="again@test", **quiet, **alone)
     try:
         worker.start()
     except SystemExit:
         pass
-    assert influx.stats()["main"]["queued"] == 0
+    assert not WITH_PLUGIN or app.influx.stats()["main"]["queued"] == 0
 
 
 def run_plugin() -> None:
     """What the worker's step does with the plugin for a pool of processes."""
-    influx.start_worker("again@test", "prefork")
-    influx.start()
-    influx.send_data({"measurement": "custom", "fields": {"number": 1}})
-    assert influx.relayed(5)
-    assert influx.close(5)
+    app.influx.start_worker("again@test", "prefork")
+    app.influx.start()
+    app.influx.send_data({"measurement": "custom", "fields": {"number": 1}})
+    assert app.influx.relayed(5)
+    assert app.influx.close(5)
 
 
 def left_behind() -> dict[str, Any]:
-    """Threads, files, objects and bytes of memory of ours that are there now."""
+    """Processes, threads, files, objects and bytes of memory of ours that are there now."""
     gc.collect()
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
@@ -71,7 +84,9 @@ def left_behind() -> dict[str, Any]:
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own
             files.append(str(link.readlink()).partition(":")[0])
+    tasks = Path("/proc/self/task").glob("*/children")
     found = {
+        "children": [pid for task in tasks for pid in task.read_text().split()],
         "threads": sorted(t.name for t in threading.enumerate() if "celery_influx" in t.name),
         "all_threads": threading.active_count(),
         "files": sorted(files),
@@ -97,6 +112,7 @@ def measure(run: Callable[[], None], times: int) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     times = int(sys.argv[1])
     result = {"worker": measure(run_worker, times)}
-    tracemalloc.start()  # too slow for the whole of Celery
-    result["plugin"] = measure(run_plugin, times)
+    if WITH_PLUGIN:
+        tracemalloc.start()  # too slow for the whole of Celery
+        result["plugin"] = measure(run_plugin, times)
     print(json.dumps(result))

@@ -76,8 +76,8 @@ def _end(task: Task, how: str, number: int) -> Any:
 def run(self: Task, how: str, *_: Any) -> Any:
     """Count the start, and end as ``how`` says."""
     key = f"began {self.request.id}"
-    number = store().rpush(key, f"{time.time()} {os.getpid()}")
-    try:
+    try:  # whoever reads that it began may end it at once
+        number = store().rpush(key, f"{time.time()} {os.getpid()}")
         return _end(self, how, number)
     finally:
         _note_end(self)
