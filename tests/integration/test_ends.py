@@ -183,14 +183,16 @@ def ends_of(how: str, pool: str) -> set[str]:
             for how in ("soft", "warm-then-soft")
             for pool in ("prefork", "threads")
         ),
-        *(("cold", pool) for pool in GREEN),
-        *(pytest.param("soft", pool, marks=soft) for pool in GREEN),
         *(
             pytest.param(how, pool, marks=pytest.mark.long)
-            for how in ("warm", "warm-twice")
+            for how in ("warm", "warm-twice", "cold")
             for pool in GREEN
         ),
-        *(pytest.param("warm-then-soft", pool, marks=[soft, pytest.mark.long]) for pool in GREEN),
+        *(
+            pytest.param(how, pool, marks=[soft, pytest.mark.long])
+            for how in ("soft", "warm-then-soft")
+            for pool in GREEN
+        ),
     ],
 )
 def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(

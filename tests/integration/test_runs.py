@@ -450,10 +450,11 @@ def wait_for_rest(bench: Bench, ids: list[str]) -> list[float]:
     [
         ({}, "run"),
         ({}, "late"),
-        ({"pool": "gevent"}, "run"),
-        ({"pool": "eventlet"}, "late"),
-        pytest.param({"pool": "gevent"}, "late", marks=pytest.mark.long),
-        pytest.param({"pool": "eventlet"}, "run", marks=pytest.mark.long),
+        *(
+            pytest.param({"pool": pool}, task, marks=pytest.mark.long)
+            for pool in GREEN
+            for task in ("run", "late")
+        ),
     ],
     indirect=["bench"],
 )
