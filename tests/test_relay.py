@@ -273,9 +273,14 @@ def test_children_killed_at_random_leave_nothing_half_written(relay: Relay, sink
         for number in range(1_000_000):
             relay.put(0, line_of(writer, number))
 
+    def arrived() -> int:
+        return len(sink.lines.get(0, ()))
+
     for round_ in range(15):
+        before = arrived()
         children = [fork(lambda w=round_ * 2 + i: write_for_ever(w)) for i in range(2)]
-        time.sleep(random.uniform(0.005, 0.02))
+        wait_for(lambda: arrived() > before, 10, "a child writes")  # noqa: B023
+        time.sleep(random.uniform(0.0, 0.02))
         for pid in children:
             os.kill(pid, signal.SIGKILL)
         assert [exit_code(pid) for pid in children] == [-signal.SIGKILL] * 2

@@ -67,6 +67,12 @@ class Scene:
         wait_for(lambda: len(self.starts()) == running, 20, "the tasks run")
         wait_for(lambda: self.store.llen("accepted") >= 60, 20, "they send points")
 
+    def hush(self) -> None:
+        """Have the tasks do nothing for half a second, which has just begun."""
+        self.store.set("hush", 1)
+        wait_for(lambda: self.store.llen("hushed") == len(self.starts()), 5, "silence")
+        time.sleep(0.05)  # the last of them has said so, and is about to
+
     def send(self, name: str, *args: Any) -> None:
         """Send a task."""
         self._sender.send_task(f"ends.{name}", args, ignore_result=True)
@@ -164,9 +170,9 @@ def ends_of(how: str, pool: str) -> set[str]:
         return {UNASKED if HAS_SOFT_SHUTDOWN else OWN_END}
     if pool == "prefork":
         return {KILLED}
-    # Celery's handler of the signal fails sooner or later, wherever it is that greenlets are; so
-    # some are killed and some are waited for.
-    return {OWN_END, KILLED} if HAS_SOFT_SHUTDOWN else {OWN_END}
+    # Among greenlets Celery's handler of the signal fails: with the first wait. Before 5.5 it waits
+    # for nothing.
+    return {OWN_END, KILLED} if how == "cold" and HAS_SOFT_SHUTDOWN else {OWN_END}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +209,11 @@ def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(
     url = f"{scene.url}?flush_interval=60"
 
     with scene.worker(pool, url, **config) as worker:
-        scene.stream(pool, 1.0)
+        scene.stream(pool, 1.2 if pool in GREEN else 1.0)
+        if pool in GREEN:
+            # A signal's handler runs in whatever greenlet there is: in a task's own, Celery's waits
+            # for itself at times, and for ever. So in none.
+            scene.hush()
         _, took = end(worker, how)
         log = worker.log()
 
@@ -218,6 +228,7 @@ def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(
     assert len([run for run in runs if run["runtime"] is not None]) == len(scene.starts())
     ends = [ENDED_BY[run["state"], run.get("exception")] for run in runs]
     assert set(ends) <= ends_of(how, pool)
+    assert KILLED in ends or KILLED not in ends_of(how, pool)
     said = [each if each in (OWN_END, UNASKED) else KILLED for each in scene.said()]
     assert Counter(ends) == Counter(said + [KILLED] * (len(ends) - len(said)))
     if pool == "prefork" and KILLED in ends:

@@ -26,16 +26,25 @@ _PR_SET_PDEATHSIG = 1
 
 @app.task(name="ends.stream", bind=True, ignore_result=True)
 def stream(self: Task, first: int, seconds: float) -> None:
-    """Send a point about every 2 ms for so long, numbered from ``first``; note what ends it."""
+    """Send a point about every 2 ms for so long, numbered from ``first``; note what ends it.
+
+    When told to hush, do nothing at all for a while.
+    """
     store().rpush("starts", f"{self.request.id} {os.getpid()}")
     until = time.monotonic() + seconds
-    serial = first
+    serial, hushed = first, 0
     try:
         while time.monotonic() < until:
             influx.send_data({"measurement": "custom", "fields": {"serial": serial}})
-            store().rpush("accepted", f"{serial} {time.time()}")
+            with store().pipeline(transaction=False) as pipe:
+                pipe.rpush("accepted", f"{serial} {time.time()}")
+                pipe.get("hush")
+                _, hush = pipe.execute()
             serial += 1
             time.sleep(0.001)
+            if hush and not hushed:
+                hushed = store().rpush("hushed", serial)
+                time.sleep(0.5)
     except BaseException as error:
         store().rpush("ends", type(error).__name__)
         raise
