@@ -71,19 +71,13 @@ def run(folder: Path, most_files: int | None, seconds: float) -> int:
         return compare(accounts, counted.total(), len(rows), database.refused)
 
 
-def source_files() -> list[str]:
-    """The standard library's source files, in an order that is mixed, and the same each time."""
-    library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(str(file) for file in library.rglob("*.py") if "-packages" not in str(file))
-    random.Random(1).shuffle(files)
-    return files
-
-
 def work(progress: stage.Progress, most_files: int | None, seconds: float) -> None:
     """Send tasks, not too many at a time, and wait until each has come to its end."""
     from example_project import tally, tasks
 
-    files = source_files()
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(str(file) for file in library.rglob("*.py") if "-packages" not in str(file))
+    random.Random(1).shuffle(files)
     end = time.monotonic() + seconds
     sent = 0
 
