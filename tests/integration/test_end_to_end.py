@@ -58,11 +58,11 @@ def clean(influxd: Influxd) -> Any:
     ("pool", "scheme"),
     [
         ("prefork", "udp"),
-        pytest.param("prefork", "http", marks=pytest.mark.once),
-        ("threads", "udp"),
-        pytest.param("solo", "http", marks=pytest.mark.once),
-        pytest.param("threads", "http", marks=pytest.mark.long),
-        pytest.param("solo", "udp", marks=pytest.mark.long),
+        ("threads", "http"),
+        *(
+            pytest.param(*row, marks=pytest.mark.long)
+            for row in (("prefork", "http"), ("threads", "udp"), ("solo", "udp"), ("solo", "http"))
+        ),
     ],
 )
 def test_influxdb_counts_what_the_tasks_counted(

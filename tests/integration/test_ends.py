@@ -242,8 +242,7 @@ def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(
     [
         ("warm", "prefork", 1.0),
         pytest.param("warm", "threads", None, marks=pytest.mark.long),
-        ("warm", "gevent", 1.0),
-        pytest.param("warm", "eventlet", 1.0, marks=pytest.mark.long),
+        *(pytest.param("warm", pool, 1.0, marks=pytest.mark.long) for pool in GREEN),
         pytest.param("cold", "prefork", 1.0, marks=cold),
         ("cold-then-warm", "solo", 1.0),
     ],

@@ -649,7 +649,7 @@ def test_detached_workers_send_all_that_their_tasks_made(
     assert is_clean(log_of(tmp_path)), log_of(tmp_path)
 
 
-@pytest.mark.parametrize("concurrency", [1, 32])
+@pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.long), 32])
 def test_each_child_of_a_pool_has_a_slot_of_its_own(
     concurrency: int,
     influxd: Influxd,
