@@ -1,5 +1,9 @@
 """Line protocol: points to bytes, for influxd 1.x. No I/O, clock or log.
 
+``implementation`` says what encodes ordinary points: "c", where the package's extension could be
+built, or "python". The environment variable ``CELERY_INFLUX_PURE``, set to anything but the empty
+string when Celery starts, switches the extension off. Both write the same bytes.
+
 Whatever ``encode`` returns is stored by InfluxDB exactly as given; a point that cannot be is
 refused. Ordinary names go a fast way. Where a name holds a backslash or a control character,
 ``line_reader``, which follows influxd's own, has the last word on the line.
@@ -12,11 +16,14 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from decimal import Decimal
 from enum import Enum
+from types import ModuleType
 from typing import Any
 
 from celery_influx.errors import DecodeError, FieldError, PointError
@@ -31,6 +38,12 @@ from celery_influx.line_reader import (
     read_line,
 )
 from celery_influx.point import Point, Precision
+
+_speedups: ModuleType | None = None
+if not os.environ.get("CELERY_INFLUX_PURE"):
+    with suppress(ImportError):
+        from celery_influx import _speedups
+implementation = "c" if _speedups else "python"
 
 # influxd's storage joins series key and field key with this and, when it starts, parts them at
 # its first appearance: a series key holding it comes back from a restart as another series.
@@ -83,7 +96,8 @@ class Encoder:
         self._precision = Precision(precision)
         self._tags = {key: value for key, value in _texts("constant tags", tags).items() if value}
         _line("constant tags", "m", self._tags, {"f": True}, None)
-        self.encode = _encoder(self._tags, self._precision.nanoseconds, clock, on_left_out)
+        unit = self._precision.nanoseconds
+        self.encode = make_encode(self._tags, unit, clock, on_left_out, _speedups)
 
     def __repr__(self) -> str:
         return f"<Encoder precision={self._precision.value!r} tags={self._tags!r}>"
@@ -142,13 +156,17 @@ def _plain_tag(pair: tuple[str, str]) -> str:
     return f",{_plain_key(key)}={value.translate(_NAME_ESCAPES)}"
 
 
-def _encoder(  # noqa: PLR0915 - see its docstring
+def make_encode(  # noqa: PLR0915 - see its docstring
     constant: dict[str, str],
     unit: int,
     clock: Callable[[], int] | None,
     on_left_out: Callable[[int], None] | None,
+    speedups: ModuleType | None,
 ) -> Callable[[Point], bytes]:
-    """The ``encode`` of one Encoder: a closure, since that is where Python is quickest."""
+    """The ``encode`` of one Encoder: a closure, since that is where Python is quickest.
+
+    With ``speedups``, the extension, it is in front of that and calls it for what is rare.
+    """
     measurements = _Cache(_plain_measurement)
     pairs = _Cache(_plain_tag)
     simple = frozenset({int, float, bool})
@@ -288,8 +306,13 @@ def _encoder(  # noqa: PLR0915 - see its docstring
 
     if constant and not constant_text:
         return slow
-
-    return encode
+    if speedups is None:
+        return encode
+    text = constant_text.encode()
+    quick: Callable[[Point], bytes] = speedups.encoder(
+        constant, text, unit, clock, on_left_out, encode, slow
+    )
+    return quick
 
 
 # -- the slow way: from anything to exact types ------------------------------------------------

@@ -1,0 +1,247 @@
+"""The extension: the same as the Python it stands in for, whatever it is given; and it holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from celery_influx import line_protocol
+from celery_influx.line_protocol import Encoder, make_encode
+from celery_influx.point import Point
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "celery_influx" / name for name in ("_speedups.c", "_shortest.cpp")]
+if not (importlib.util.find_spec("celery_influx._speedups") or os.environ.get("CI")):
+    pytest.skip(
+        "the extension is not built; with a C and a C++ compiler: pip install -e .",
+        allow_module_level=True,
+    )
+
+from celery_influx import _speedups  # noqa: E402 - as late as it may be
+from tests.differential import Wild, differ, differ_in_floats  # noqa: E402
+
+POINT = Point("cpu load", {"a": 1.25, "b": 3, "c": 'x"y', "d": True}, {"host": "h,1"}, 17)
+
+
+def test_the_switch_and_the_name_of_what_encodes() -> None:
+    def said(**environment: str) -> str:
+        code = "from celery_influx import line_protocol; print(line_protocol.implementation)"
+        rest = {k: v for k, v in os.environ.items() if k != "CELERY_INFLUX_PURE"}
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONPATH": os.pathsep.join(sys.path), **rest, **environment},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+
+    assert said() == "c"
+    assert said(CELERY_INFLUX_PURE="") == "c"
+    assert said(CELERY_INFLUX_PURE="1") == "python"
+
+
+def test_without_the_extension_python_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_protocol, "_speedups", None)
+
+    assert type(Encoder().encode).__name__ == "function"
+    assert Encoder().encode(POINT) == rb'cpu\ load,host=h\,1 a=1.25,b=3i,c="x\"y",d=true 17'
+
+
+def refuse(point: object) -> bytes:
+    """An encoder behind the extension that must not be asked."""
+    raise AssertionError(point)
+
+
+def test_ordinary_points_are_encoded_without_python() -> None:
+    encode = _speedups.encoder({"w": "1"}, b",w=1", 1, None, None, refuse, refuse)
+
+    assert encode(POINT) == rb'cpu\ load,w=1,host=h\,1 a=1.25,b=3i,c="x\"y",d=true 17'
+    assert encode(Point("m", {"f": 1.0}, {"t": 2, "u": 2.5, "v": False, "x": None}, -1)) == (
+        b"m,w=1,t=2,u=2.5,v=False f=1.0 -1"
+    )
+    assert encode(Point("é", {"ü": "日本 😀"})) == 'é,w=1 ü="日本 😀"'.encode()
+
+
+@pytest.mark.parametrize("doubles", [False, True], ids=["points", "doubles"])
+@pytest.mark.parametrize(
+    "portions",
+    [1, pytest.param(100, id="100", marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
+)
+def test_no_difference(doubles: bool, portions: int) -> None:
+    with ProcessPoolExecutor(2) as pool:
+        work = differ_in_floats if doubles else differ
+        tried = sum(
+            pool.map(work, [100_000 if portions > 1 else 20_000] * portions, range(portions))
+        )
+    print(f"{tried:,} tried")
+
+
+def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        encode = _speedups.encoder(*arguments)
+        return lambda point: encode(point).replace(b"0.1", b"0.10")
+
+    monkeypatch.setattr("tests.differential._speedups", SimpleNamespace(encoder=broken))
+    with pytest.raises(AssertionError, match="Python: "):
+        differ(20_000, 1)
+
+
+@pytest.mark.parametrize(
+    "count", [5_000, pytest.param(2_000_000, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
+)
+@pytest.mark.once
+def test_under_the_sanitizers(count: int, tmp_path: Path) -> None:
+    """Built anew with AddressSanitizer and UndefinedBehaviorSanitizer; any finding ends it."""
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    flags = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+    flags += f" -fPIC -Wall -Wextra -Wno-unused-parameter -Wno-cast-function-type -I{sysconfig.get_path('include')}"
+    built = tmp_path / "celery_influx"
+    built.mkdir()
+    objects = [str(tmp_path / f"{source.stem}.o") for source in SOURCES]
+    extension = built / f"_speedups{sysconfig.get_config_var('EXT_SUFFIX')}"
+    for source, target in zip(SOURCES, objects, strict=True):
+        run([compiler, *shlex.split(flags), "-c", str(source), "-o", target])
+    run([compiler, "-shared", *objects, "-o", str(extension), "-lstdc++", *shlex.split(flags)])
+    for source in (ROOT / "celery_influx").iterdir():
+        if source.suffix != ".so" and not (built / source.name).exists():
+            (built / source.name).symlink_to(source)
+    preload = [
+        run([compiler, f"-print-file-name={name}"]).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    said = run(
+        [sys.executable, "-m", "tests.differential", str(count), "7"],
+        cwd=tmp_path,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT), *sys.path]),
+        LD_PRELOAD=" ".join(preload),
+        PYTHONMALLOC="malloc",  # else Python's own allocator hides what is read past an end
+        ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
+    )
+    print(said)
+    assert said.startswith(str(extension))
+
+
+def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
+    """Run it to its end; what it printed."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "rounds", [10, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
+)
+def test_calls_leave_the_memory_as_it_was(rounds: int) -> None:
+    """5,000 points in each round, of every kind; the long form makes 100 million calls."""
+    wild = Wild(3)
+    rest = [wild.anything() for _ in range(100)] if rounds < 100 else []  # seldom quick
+    ordinary = [wild.ordinary() for _ in range(5_000 - len(rest))]
+    times = iter(range(10**12))
+    encode = make_encode({"host": "h"}, 1, lambda: next(times), lambda count: None, _speedups)
+
+    def round_of_calls() -> None:
+        for point in ordinary:
+            encode(point)
+        for point in rest:
+            try:
+                encode(point)
+            except Exception:
+                pass  # of which kind, other tests look at
+
+    for _ in range(20):
+        round_of_calls()
+    before = resident()
+    for _ in range(rounds):
+        round_of_calls()
+    grown = resident() - before
+    print(f"{rounds * 5_000:,} calls: {grown:,} bytes more")
+    assert grown < 1_000_000
+
+
+def test_the_clock_and_on_left_out_may_send_points_themselves_and_raise() -> None:
+    seen: list[bytes] = []
+    asked = 0
+
+    def clock() -> int:
+        nonlocal asked
+        asked += 1
+        if asked <= 3:
+            seen.append(encode(Point("inner", {"f": 1.5})))
+        return 5
+
+    def leave_out(count: int) -> None:
+        if count > 1:
+            raise KeyError(count)
+
+    encode = make_encode({}, 1, clock, leave_out, _speedups)
+    assert encode(Point("outer", {"f": 2.5, "n": float("nan")})) == b"outer f=2.5 5"
+    assert seen == [b"inner f=1.5 5"] * 3
+    with pytest.raises(KeyError):
+        encode(Point("outer", {"f": 2.5, "n": float("nan"), "i": float("inf")}))
+
+
+def test_a_value_that_is_no_plain_one_runs_python_with_nothing_begun() -> None:
+    """Its ``__str__`` changes the very dicts that are being encoded."""
+    tags: dict[str, Any] = {"a": "1"}
+    fields: dict[str, Any] = {"f": 1.5}
+
+    class Changing:
+        def __str__(self) -> str:
+            tags.clear()
+            fields.clear()
+            return "changed"
+
+    tags["b"] = Changing()
+    tags["c"] = "3"
+    assert Encoder().encode(Point("m", dict(fields), tags, 1)) == b"m,a=1,b=changed,c=3 f=1.5 1"
+
+
+def test_threads_encode_at_once_while_others_change_the_dicts() -> None:
+    tags = {f"k{number}": "v" for number in range(50)}
+    fields = {f"f{number}": 1.5 for number in range(50)}
+    stop = threading.Event()
+    encode = make_encode({}, 1, None, None, _speedups)
+
+    def change() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            tags[f"k{number % 100}"] = f"{number}"
+            tags.pop(f"k{(number * 7) % 100}", None)
+            fields[f"f{number % 100}"] = number / 3
+            if len(fields) > 20:
+                fields.pop(f"f{(number * 7) % 100}", None)
+
+    threads = [threading.Thread(target=change) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20_000):
+            assert encode(Point("m", fields, tags, 1)).startswith(b"m")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
