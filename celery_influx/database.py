@@ -86,6 +86,11 @@ class Database:
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
+        self._constant: Mapping[str, Any]
+        self._stamps: Stamps
+        self._unit = Precision(options.precision).nanoseconds
+        #: By what its caller likes: beginnings of lines, kept for as long as they hold.
+        self.heads: dict[Any, str]
         self._relay_end: Callable[[bytes], bool] | None
         self._forget()
         if settle is None:
@@ -139,18 +144,11 @@ class Database:
         self._counters[POINTS] += 1
         self._put(line)
 
-    def send_end(self, point: Point) -> None:
-        """As ``send_data``; in a pool child, the end of the run that the point is about, too."""
-        wrong = None
-        line = b""
-        try:
-            try:
-                line = self._encode(point)
-            except self._passing as limit:
-                wrong = limit
-                line = self._encode(point)  # the task's time is up, and that comes once
-        except Exception as error:  # noqa: BLE001 - as above
-            wrong = error
+    def send_end(self, line: bytes, wrong: Exception | None = None) -> None:
+        """Send a line, b"" for none; in a pool child, the end of the run it is of, too.
+
+        ``wrong``: what making it raised, to be dealt with as ``send_data`` does.
+        """
         if line:
             self._counters[POINTS] += 1
         # The worker must hear of the end, whatever became of the point.
@@ -161,6 +159,26 @@ class Database:
             self._put_own(line)
         if wrong:
             self._reject(wrong)
+
+    def encode(self, point: Point) -> bytes:
+        """The line of ``point`` as this process writes it, and a time where it has none."""
+        return self._encode(point)
+
+    def head(self, measurement: str, tags: Mapping[str, Any]) -> str:
+        """How each line of a series begins, up to its fields.
+
+        For callers that write plain numbers only, and keep it in ``heads``. "" where it cannot
+        stand for itself: whether influxd reads a backslash as given depends on all of the line.
+        """
+        line = self.encode(Point(measurement, {"f": True}, tags, 0)).decode()
+        texts = (measurement, *tags.values(), *self._constant.values())
+        if len(line) > 1_024 or any("\\" in str(text) for text in texts):
+            return ""
+        return line.removesuffix("f=true 0")
+
+    def time(self) -> int:
+        """The present time, unlike any other of this process, in the unit that its lines have."""
+        return self._stamps() // self._unit
 
     def send_lines(self, lines: list[bytes]) -> None:
         """Queue encoded lines that others have counted: the relay's, from pool children."""
@@ -305,6 +323,7 @@ class Database:
             self._put = self._put_relay
         else:
             self._put = self._put_own
+        self._constant, self._stamps, self.heads = tags, stamps, {}
         # Last: other threads take it as the sign that all the rest is there.
         self._encode = Encoder(
             tags=tags,
@@ -368,6 +387,7 @@ class Database:
         self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
         self._encode = self._first_encode
+        self.heads = {}
 
     def _settled(self) -> None:
         if self._encode == self._first_encode:
@@ -418,7 +438,7 @@ class Database:
         batcher = self._batcher
         if batcher is None:
             self._start()
-        elif len(buffer) >= self._wake_lines or buffer.bytes >= self._wake_bytes:
+        elif buffer.bytes >= self._wake_bytes or len(buffer) >= self._wake_lines:
             batcher.wake()
 
     def __repr__(self) -> str:

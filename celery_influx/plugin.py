@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -25,10 +25,10 @@ from celery_influx.database import Database
 from celery_influx.errors import ConfigError
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
-from celery_influx.point import Point
 from celery_influx.relay import START, VERDICT, Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, Stamps
+from celery_influx.task_points import Facts, fields_text, point_of, tags_of
 from celery_influx.timing import Timer
 from celery_influx.transports import load as load_module
 
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: A topic exchange has keys without bound.
 _MOST_ROUTES = 1_000
+#: Nor have the names of tasks and exceptions.
+_MOST_HEADS = 4_096
 
 #: Every Influx of this process, for the hooks that Python calls after a fork and at exit.
 _installed: list[Influx] = []
@@ -128,7 +130,7 @@ class Influx:
     def __iter__(self) -> Iterator[Database]:
         return iter(self._open().values())
 
-    @property
+    @cached_property
     def default(self) -> Database:
         """The database that ``influx_default_database`` names."""
         return self._open()[self.options.default_database]
@@ -234,9 +236,7 @@ class Influx:
 
     # -- for the signals -------------------------------------------------------------------------
 
-    def start_run(
-        self, run_id: str | None, tags: dict[str, str], fields: dict[str, Any], *, goes_back: bool
-    ) -> None:
+    def start_run(self, run_id: str | None, facts: Facts, *, goes_back: bool) -> None:
         """In a pool child: tell the worker that a run starts, which it must end if we cannot.
 
         ``goes_back``: if the worker ends before the run does, the queue gives it out again.
@@ -244,7 +244,7 @@ class Influx:
         if not self._settled:
             self._settle()
         if self._child_relay:
-            frame = start_frame(run_id, time.time_ns(), tags, fields, goes_back)
+            frame = start_frame(run_id, time.time_ns(), facts, goes_back)
             self._child_relay.put(0, frame, START)
 
     def leave_pool(self) -> None:
@@ -257,13 +257,48 @@ class Influx:
         else:
             self.close()
 
-    def write_run(self, tags: dict[str, str], fields: dict[str, Any]) -> None:
-        """Write the point of a run, that nobody was told of."""
-        self.default.send_data(Point(CELERY_TASK.name, fields, tags))
+    def write_run(
+        self,
+        facts: Facts,
+        state: str,
+        exception: str | None,
+        runtime: int | None = None,
+        cpu: int | None = None,
+    ) -> None:
+        """Write the point of a run of which nobody was told that it started; times in ns."""
+        self.default.send_data(point_of(facts, state, exception, runtime, cpu))
 
-    def end_run(self, tags: dict[str, str], fields: dict[str, Any]) -> None:
-        """Write the point of a run that was told of by ``start_run``."""
-        self.default.send_end(Point(CELERY_TASK.name, fields, tags))
+    def end_run(
+        self, facts: Facts, state: str, exception: str | None, runtime: int, cpu: int | None
+    ) -> None:
+        """Write the point of a run that was told of by ``start_run``; times in ns."""
+        wrong: Exception | None = None
+        line = b""
+        try:
+            try:
+                line = self._line_of(facts, state, exception, runtime, cpu)
+            except SoftTimeLimitExceeded as limit:
+                wrong = limit
+                line = self._line_of(facts, state, exception, runtime, cpu)  # it comes only once
+        except Exception as error:  # noqa: BLE001 - a point's mistake, dealt with as such
+            wrong = error
+        self.default.send_end(line, wrong)
+
+    def _line_of(
+        self, facts: Facts, state: str, exception: str | None, runtime: int, cpu: int | None
+    ) -> bytes:
+        """Such a point's line: its beginning, which seldom is a new one, and its numbers."""
+        database = self.default
+        key = facts[0], state, exception
+        head = database.heads.get(key)
+        if head is None:
+            head = database.head(CELERY_TASK.name, tags_of(*key))
+            if len(database.heads) >= _MOST_HEADS:
+                database.heads.clear()
+            database.heads[key] = head
+        if not head or facts[4]:
+            return database.encode(point_of(facts, state, exception, runtime, cpu))
+        return f"{head}{fields_text(facts, runtime, cpu)} {database.time()}".encode()
 
     @property
     def watches_runs(self) -> bool:
@@ -271,23 +306,17 @@ class Influx:
         return bool(self.records_tasks and self._worker and self._worker.relay)
 
     def judge_run(
-        self,
-        pid: int,
-        run_id: str,
-        state: str,
-        exception: str | None,
-        tags: dict[str, str],
-        fields: dict[str, Any],
+        self, pid: int, run_id: str, state: str, exception: str | None, facts: Facts
     ) -> None:
         """In the worker: say what Celery made of the run of a child that was, or will be, killed.
 
-        ``tags`` and ``fields`` are its point's, if the task's body never started.
+        ``facts`` are for its point if the task's body never started.
         """
         if self._worker and self._worker.relay:
-            frame = verdict_frame(pid, run_id, state, exception, tags, fields)
+            frame = verdict_frame(pid, run_id, state, exception, facts)
             self._worker.relay.put(0, frame, VERDICT)
 
-    @property
+    @cached_property
     def records_tasks(self) -> bool:
         """Whether runs of tasks are written."""
         options = self.options

@@ -7,7 +7,6 @@ comes from the child, and what Celery made of the run's message.
 
 from __future__ import annotations
 
-import json
 import logging
 import marshal
 import os
@@ -15,43 +14,38 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from celery_influx.task_points import Facts
+
 logger = logging.getLogger(__name__)
 
 #: Celery's name for what happens to a run whose child died.
 LOST = "WorkerLostError"
 
 
-def start_frame(
-    run_id: str | None,
-    began: int,
-    tags: dict[str, str],
-    fields: dict[str, Any],
-    goes_back: bool,
-) -> bytes:
+def start_frame(run_id: str | None, began: int, facts: Facts, goes_back: bool) -> bytes:
     """A child's word that a run starts: its task's id, the time in ns, and what its point has.
 
     ``goes_back``: if the worker ends before the run does, the queue gives it out again.
     """
-    return _packed(os.getpid(), run_id, began, tags, fields, goes_back)
+    return _packed((os.getpid(), run_id, began, facts, goes_back))
 
 
-def verdict_frame(
-    pid: int,
-    run_id: str,
-    state: str,
-    exception: str | None,
-    tags: dict[str, str],
-    fields: dict[str, Any],
-) -> bytes:
+def verdict_frame(pid: int, run_id: str, state: str, exception: str | None, facts: Facts) -> bytes:
     """The worker's word on a run in the child ``pid``, with what is known of one never started."""
-    return _packed(pid, run_id, time.time_ns(), state, exception, tags, fields)
+    return _packed((pid, run_id, time.time_ns(), state, exception, facts))
 
 
-def _packed(*values: Any) -> bytes:
+def _packed(values: tuple[Any, ...]) -> bytes:
     try:
         return marshal.dumps(values)
     except ValueError:  # a subclass of str, for instance
-        return marshal.dumps(tuple(json.loads(json.dumps(values, default=str))))
+        return marshal.dumps(_plain(values))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value if value is None or isinstance(value, int) else str.__str__(str(value))
 
 
 class _Run:
@@ -61,29 +55,19 @@ class _Run:
         "began",
         "died",
         "ended",
-        "fields",
+        "facts",
         "goes_back",
         "id",
         "pid",
         "stopped",
-        "tags",
         "verdict",
     )
 
-    def __init__(
-        self,
-        pid: int,
-        run_id: str,
-        began: int,
-        tags: dict[str, Any],
-        fields: dict[str, Any],
-        goes_back: bool,
-    ) -> None:
+    def __init__(self, pid: int, run_id: str, began: int, facts: Facts, goes_back: bool) -> None:
         self.pid = pid
         self.id = run_id
         self.began = began
-        self.tags = tags
-        self.fields = fields
+        self.facts = facts
         self.goes_back = goes_back
         self.ended = False
         self.died = 0
@@ -95,7 +79,8 @@ class Runs:
     """The last run of each child. Only the thread that reads the relay's pipe may use it.
 
     Args:
-        write: Called with the tags and fields of a run that was killed; it makes the point.
+        write: Called with the facts of a run that was killed, its state, exception and runtime in
+            ns (``None``: it never started); it makes the point.
         patience: Longest that Celery may take to find that a child and its run are lost, in
             seconds. It does so at once; with a broker that is not asynchronous, after its
             ``worker_lost_wait``.
@@ -111,7 +96,7 @@ class Runs:
 
     def __init__(
         self,
-        write: Callable[[dict[str, Any], dict[str, Any]], None],
+        write: Callable[[Facts, str, str | None, int | None], None],
         patience: float = 15.0,
         gone: Callable[[int], bool] | None = None,
     ) -> None:
@@ -148,12 +133,12 @@ class Runs:
 
     def judged(self, frame: bytes) -> None:
         """Take a ``verdict_frame``."""
-        pid, run_id, at, state, exception, tags, fields = marshal.loads(frame)  # noqa: S302
+        pid, run_id, at, state, exception, facts = marshal.loads(frame)  # noqa: S302
         run = self._find(pid, run_id)
         if run is None:
             if pid not in self._living or self._living[pid].ended:
                 # The task's body never started; this is the only word of it.
-                self._point(tags, state, exception, fields)
+                self._point(facts, state, exception, None)
                 self._unstarted[pid, run_id] = None
                 if len(self._unstarted) > self.MOST_UNSTARTED:
                     del self._unstarted[next(iter(self._unstarted))]
@@ -233,17 +218,15 @@ class Runs:
     def _settle(self, run: _Run, state: str, exception: str | None) -> None:
         run.ended = True
         self._open.pop(run.pid, None)
-        runtime = max(0, (run.stopped or run.died) - run.began) / 1e9
-        self._point(run.tags, state, exception, {"runtime": runtime, **run.fields})
+        runtime = max(0, (run.stopped or run.died) - run.began)
+        self._point(run.facts, state, exception, runtime)
 
-    def _point(
-        self, tags: dict[str, Any], state: str, exception: str | None, fields: dict[str, Any]
-    ) -> None:
+    def _point(self, facts: Facts, state: str, exception: str | None, runtime: int | None) -> None:
         try:
-            self._write({**tags, "state": state, "exception": exception}, fields)
+            self._write(facts, state, exception, runtime)
         except Exception:
             # With `influx_strict`, for instance. The other runs must not suffer from it.
-            logger.exception("the point of a killed run of %s could not be written", tags)
+            logger.exception("the point of a killed run of %s could not be written", facts[0])
 
 
 def has_ended(pid: int) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from typing import Any, NamedTuple
+from typing import Any
 
 from celery import Task, current_task, signals
 from celery.app.task import Context
@@ -24,14 +23,13 @@ from celery_influx import tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, find, installed
 from celery_influx.runs import LOST
+from celery_influx.task_points import Facts
 
 #: Name of the one header: "1;<ns of this publish>;<ns of the first publish>". Flat, small and
 #: scalar; whoever does not know it can leave it alone, and so do we with another version's.
 HEADER = "celery_influx"
-_is_ours = re.compile(r"1;([0-9]{1,19});([0-9]{1,19})").fullmatch
 #: Stands for the task's name in points of messages in which none could be read.
 UNREADABLE = "(unreadable)"
-_NS = 1_000_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
@@ -72,8 +70,18 @@ def _published(header: object) -> tuple[int, int] | None:
     """The last and the first publish in ns, or None where the header is not one of ours."""
     if not isinstance(header, str):
         return None
-    match = _is_ours(header)
-    return (int(match[1]), int(match[2])) if match else None
+    version, _, rest = header.partition(";")
+    last, _, first = rest.partition(";")
+    # Of no more digits than an int is quickly made of.
+    if (
+        version == "1"
+        and len(rest) < 40
+        and header.isascii()
+        and last.isdigit()
+        and first.isdigit()
+    ):
+        return int(last), int(first)
+    return None
 
 
 def recorder(task: object) -> Influx | None:
@@ -84,14 +92,9 @@ def recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
-class _Run(NamedTuple):
-    """A run under way, kept with its request: what its point has so far, and three clocks."""
-
-    influx: Influx
-    tags: dict[str, str]
-    fields: dict[str, Any]
-    clock: float
-    cpu: float
+#: A run under way, kept with its request: whose it is, what its point has so far, and ns of the
+#: wall and of its thread's CPU time when it started.
+_Run = tuple[Influx, Facts, int, int]
 
 
 def _on_start(task: Task[Any, Any], **_: Any) -> None:
@@ -99,15 +102,11 @@ def _on_start(task: Task[Any, Any], **_: Any) -> None:
     request = task.request
     if influx is None or (request.is_eager and not influx.options.eager):
         return
-    tags, fields = tags_and_fields(influx, task.name, request, request.retries)
-    _add_wait(fields, influx, request, time.time_ns())
-    if request.is_eager:
-        # It runs in the middle of another, or in no worker: Celery has the machine's name for it.
-        # In a worker each point has the worker's without us.
-        del tags["worker"]
-    else:
-        influx.start_run(request.id, tags, fields, goes_back=bool(task.acks_late))
-    run = _Run(influx, tags, fields, time.perf_counter(), time.thread_time())
+    wait, age = _waited(influx, request)
+    facts = facts_of(influx, task.name, request, request.retries, wait, age)
+    if not request.is_eager:
+        influx.start_run(request.id, facts, goes_back=bool(task.acks_late))
+    run = (influx, facts, time.perf_counter_ns(), time.thread_time_ns())
     request.__dict__["influx_run"] = run
     if influx.is_green:
         _greenlets[id(request)] = _Greenlet(request.id, run)
@@ -116,39 +115,38 @@ def _on_start(task: Task[Any, Any], **_: Any) -> None:
 def _on_end(
     task: Task[Any, Any], state: str | None = None, retval: object = None, **_: Any
 ) -> None:
-    clock, cpu = time.perf_counter(), time.thread_time()
+    clock, cpu_clock = time.perf_counter_ns(), time.thread_time_ns()
     request = task.request
     run: _Run | None = request.__dict__.pop("influx_run", None)
     if run is None:
         return
-    greenlet = _greenlets.pop(id(request), None) if run.influx.is_green else None
-    if run.influx.is_green and greenlet is None:
+    influx, facts, began, cpu_began = run
+    greenlet = _greenlets.pop(id(request), None) if influx.is_green else None
+    if influx.is_green and greenlet is None:
         return  # the process exits, and its point is written
     # A task may also give an exception back, as its result.
     exception = retval if state != "SUCCESS" and isinstance(retval, BaseException) else None
     if state is None:
         exception = _raised()
-        if run.influx.watches_runs and isinstance(exception, (SystemExit, KeyboardInterrupt)):
+        if influx.watches_runs and isinstance(exception, (SystemExit, KeyboardInterrupt)):
             return  # this child ends, and the worker knows why
         state = _STATES.get(type(exception), "FAILURE")
         if greenlet and not isinstance(exception, Exception):
             # Told apart by name, for the library need not be installed.
-            name = type(exception).__name__
-            if name == "GreenletExit":
+            kind = type(exception).__name__
+            if kind == "GreenletExit":
                 greenlet.end_killed(clock)
                 return
-            if name == "Timeout":
+            if kind == "Timeout":
                 exception = TimeLimitExceeded()
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
-    fields = {"runtime": clock - run.clock, **run.fields}
-    if not run.influx.is_green:
-        fields["cpu"] = cpu - run.cpu
-    tags = _ended(run.tags, state, exception)
+    name = None if exception is None else type(exception).__name__
+    cpu = None if influx.is_green else cpu_clock - cpu_began
     if request.is_eager:
-        run.influx.write_run(tags, fields)
+        influx.write_run(facts, state, name, clock - began, cpu)
     else:
-        run.influx.end_run(tags, fields)
+        influx.end_run(facts, state, name, clock - began, cpu)
 
 
 #: What a task says of its run by raising it.
@@ -169,9 +167,9 @@ class _Greenlet:
         self.run = run
         self.awaits_verdict = False
         self.verdict: tuple[str, str | None] | None = None
-        self._ended = 0.0
+        self._ended = 0
 
-    def end_killed(self, clock: float) -> None:
+    def end_killed(self, clock: int) -> None:
         """Write its point, now or as soon as there is a verdict."""
         self._ended = clock
         if not self.awaits_verdict:
@@ -186,13 +184,9 @@ class _Greenlet:
 
     def end(self, state: str) -> None:
         """Write its point; ``state`` is of one without a verdict."""
-        run = self.run
+        influx, facts, began, _ = self.run
         state, exception = self.verdict or (state, LOST)
-        runtime = (self._ended or time.perf_counter()) - run.clock
-        tags = {**run.tags, "state": state}
-        if exception:
-            tags["exception"] = exception
-        run.influx.write_run(tags, {"runtime": runtime, **run.fields})
+        influx.write_run(facts, state, exception, (self._ended or time.perf_counter_ns()) - began)
 
 
 #: Runs under way in greenlets, by their requests' identity.
@@ -292,8 +286,8 @@ def _write_unstarted(
     exception: BaseException | None,
     retries: int | None = 0,
 ) -> None:
-    tags, fields = tags_and_fields(influx, name, request, retries)
-    influx.write_run(_ended(tags, state, exception), fields)
+    facts = facts_of(influx, name, request, retries)
+    influx.write_run(facts, state, None if exception is None else type(exception).__name__)
 
 
 def _on_child_start(sender: Any = None, **_: Any) -> None:
@@ -308,18 +302,17 @@ def _on_child_end(**_: Any) -> None:
         influx.leave_pool()
 
 
-def _add_wait(fields: dict[str, Any], influx: Influx, request: Context, began: int) -> None:
-    """Add ``wait``, and ``age`` of a retry, where the message tells when it was published."""
-    stamps = _published(request.get(HEADER))
+def _waited(influx: Influx, request: Context) -> tuple[int | None, int | None]:
+    """How long the run waited, and of a retry since the first publish, in ns; None: unknown."""
+    now = time.time_ns()
+    stamps = _published(request.__dict__.get(HEADER))
     if stamps is None:
-        return
+        return None, None
     last, first = stamps
-    ready = max(last, _eta_ns(request.eta))
-    if began < ready:
+    ready = max(last, _eta_ns(request.eta)) if request.eta else last
+    if now < ready:
         influx.count(CLAMPED)
-    fields["wait"] = max(0, began - ready) / _NS
-    if fields["retries"]:
-        fields["age"] = max(0, began - first) / _NS
+    return max(0, now - ready), max(0, now - first) if request.retries else None
 
 
 def _eta_ns(eta: object) -> int:
@@ -335,25 +328,20 @@ def _eta_ns(eta: object) -> int:
     return (when - _EPOCH) // timedelta(microseconds=1) * 1_000
 
 
-def tags_and_fields(
-    influx: Influx, name: str, request: Any, retries: int | None
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a point says of a run before its end, from Celery's context or worker's request."""
-    tags = {
-        "task": name,
-        "queue": influx.queue_name(request.delivery_info or {}),
-        "worker": request.hostname,
-    }
-    fields: dict[str, Any] = {"retries": retries or 0}
+def facts_of(
+    influx: Influx,
+    name: str,
+    request: Any,
+    retries: int | None,
+    wait: int | None = None,
+    age: int | None = None,
+) -> Facts:
+    """What is known of a run before its end, from Celery's context or worker's request."""
+    # Eager, it runs in the middle of another, or in no worker: Celery has the machine's name for
+    # it. In a worker each point has the worker's without us.
+    worker = None if getattr(request, "is_eager", False) else request.hostname
+    series = name, influx.queue_name(request.delivery_info or {}), worker
+    ids = None
     if influx.options.task_ids:
-        fields["id"] = request.id
-        fields["root_id"] = request.root_id
-        fields["parent_id"] = request.parent_id
-    return tags, fields
-
-
-def _ended(tags: dict[str, str], state: str, exception: BaseException | None) -> dict[str, str]:
-    tags = {**tags, "state": state}
-    if exception is not None:
-        tags["exception"] = type(exception).__name__
-    return tags
+        ids = request.id, request.root_id, request.parent_id
+    return series, retries or 0, wait, age, ids

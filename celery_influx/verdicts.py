@@ -17,7 +17,7 @@ from celery.exceptions import Terminated, WorkerLostError
 from kombu.utils.imports import symbol_by_name
 
 from celery_influx.runs import LOST
-from celery_influx.signals import killing, recorder, tags_and_fields
+from celery_influx.signals import facts_of, killing, recorder
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class _Watched(_Base):  # type: ignore[misc]
             influx = recorder(self.task)
             if influx:
                 retries = self.request_dict.get("retries")
-                tags, fields = tags_and_fields(influx, self.task.name, self, retries)
-                influx.judge_run(self.worker_pid or 0, self.id, state, exception, tags, fields)
+                facts = facts_of(influx, self.task.name, self, retries)
+                influx.judge_run(self.worker_pid or 0, self.id, state, exception, facts)
         except Exception:  # the request must go its way
             logger.exception("celery_influx: no verdict on %s", self.id)

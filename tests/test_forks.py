@@ -293,7 +293,7 @@ class Scene:
             "Buffer._lock": database._buffer._lock,
             "Database._starting": database._starting,
             "Report._lock": database._report._lock,
-            "Stamps._lock": self._stamps()._lock,
+            "Stamps._lock": database._stamps._lock,
             "timing._report": timing._report._lock,
             "the log handler's": self.handler.lock,
         }
@@ -309,12 +309,6 @@ class Scene:
             (pool,) = pools._container.values()
             found["the connections' queue"] = pool.pool.mutex
         return found
-
-    def _stamps(self) -> Any:
-        encode = self.database._encode
-        return dict(zip(encode.__code__.co_freevars, encode.__closure__, strict=True))[
-            "clock"
-        ].cell_contents
 
     def be_child(self, fork: int, held: dict[str, Any]) -> None:
         """In the child: send and flush, a point that is refused and logged among them."""

@@ -25,6 +25,7 @@ BANDS = {
     "celery_influx.line_reader": CORE,
     "celery_influx.line_protocol": CORE,
     "celery_influx.measurements": CORE,
+    "celery_influx.task_points": CORE,
     "celery_influx.options": CORE,
     "celery_influx.queries": CORE,
     "celery_influx.counters": CORE,

@@ -19,11 +19,15 @@ import pytest
 
 from celery_influx.relay import START, Relay
 from celery_influx.runs import Runs, start_frame
+from celery_influx.task_points import Facts
 from tests.servers import wait_for
 
 F_GETPIPE_SZ = getattr(fcntl, "F_GETPIPE_SZ", 1032)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
+
+
+FACTS: Facts = (("t", "q", "w"), 0, None, None, None)
 
 
 class Sink:
@@ -32,7 +36,7 @@ class Sink:
     def __init__(self) -> None:
         self.lines: dict[int, list[bytes]] = {}
         self.lost: list[int] = []
-        self.killed: list[tuple[dict[str, object], dict[str, object]]] = []
+        self.killed: list[tuple[object, ...]] = []
         self.failures: list[Exception] = []
         self.open = threading.Event()
         self.open.set()
@@ -46,8 +50,8 @@ class Sink:
     def lose(self, database: int) -> None:
         self.lost.append(database)
 
-    def write(self, tags: dict[str, object], fields: dict[str, object]) -> None:
-        self.killed.append((tags, fields))
+    def write(self, *run: object) -> None:
+        self.killed.append(run)
 
 
 @pytest.fixture
@@ -190,7 +194,7 @@ def test_the_end_of_a_run_that_finds_the_pipe_full_is_written_before_the_next_st
     relay: Relay, sink: Sink
 ) -> None:
     relay.PATIENCE = 0.001
-    relay.put(0, start_frame("a", time.time_ns(), {"task": "a"}, {}, False), START)
+    relay.put(0, start_frame("a", time.time_ns(), FACTS, False), START)
     filled = fill(relay)
 
     assert relay.put_end(1, b"the end")
@@ -198,7 +202,7 @@ def test_the_end_of_a_run_that_finds_the_pipe_full_is_written_before_the_next_st
     relay.start()
     wait_for(lambda: sink.lines.get(0) == filled, 10)
     assert 1 not in sink.lines
-    assert relay.put(0, start_frame("b", time.time_ns(), {"task": "b"}, {}, False), START)
+    assert relay.put(0, start_frame("b", time.time_ns(), FACTS, False), START)
     assert relay.put_end(1, b"the next end")
     assert relay.sync(10)
     relay.close(5)
@@ -343,7 +347,7 @@ def hasty(relay: Relay, sink: Sink) -> Relay:
 def write_run(relay: Relay, lines: int, *, ends: bool) -> None:
     """In a child: a run that starts, writes so many lines of 1,000 bytes, and perhaps ends."""
     relay.after_fork()
-    assert relay.put(0, start_frame("a", time.time_ns(), {"task": "a"}, {}, False), START)
+    assert relay.put(0, start_frame("a", time.time_ns(), FACTS, False), START)
     for number in range(lines):
         assert relay.put(0, b"%4d" % number + b"." * 996)
     if ends:
@@ -361,9 +365,9 @@ def test_all_that_a_dead_child_wrote_is_read_before_its_run_is_judged(
         pytest.skip("this user's pipes have used up what Linux gives them")
     read_before: list[int] = []
 
-    def write(tags: dict[str, object], fields: dict[str, object]) -> None:
+    def write(*run: object) -> None:
         read_before.append(len(sink.lines.get(0, [])))
-        sink.write(tags, fields)
+        sink.write(*run)
 
     hasty._runs._write = write
     assert exit_code(fork(lambda: write_run(hasty, lines, ends=ends))) == 0
@@ -377,8 +381,8 @@ def test_all_that_a_dead_child_wrote_is_read_before_its_run_is_judged(
     assert len(sink.lines.get(0, [])) == lines
     assert sink.lines.get(1, []) == [b"the end"] * ends
     assert read_before == [lines] * (not ends)
-    assert [(tags["task"], tags["state"], tags["exception"]) for tags, _ in sink.killed] == (
-        [] if ends else [("a", "FAILURE", "WorkerLostError")]
+    assert [run[:3] for run in sink.killed] == (
+        [] if ends else [(FACTS, "FAILURE", "WorkerLostError")]
     )
 
 
@@ -389,7 +393,7 @@ def test_what_a_child_writes_just_before_it_is_found_dead_is_read_before_it_is_j
 
     def be_slow() -> None:
         hasty.after_fork()
-        assert hasty.put(0, start_frame("a", time.time_ns(), {"task": "a"}, {}, False), START)
+        assert hasty.put(0, start_frame("a", time.time_ns(), FACTS, False), START)
         os.read(go_on[0], 1)
         assert hasty.put_end(1, b"the end")
 

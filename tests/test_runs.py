@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 import pytest
 
 from celery_influx.runs import LOST, Runs, has_ended, start_frame, verdict_frame
+from celery_influx.task_points import Facts
 from tests.servers import wait_for
 
-TAGS, FIELDS = {"task": "t"}, {"retries": 0}
+
+def facts_of(run_id: str) -> Facts:
+    """What is known of it; for the tests its name is its queue's, too."""
+    return ("t", run_id, "w"), 0, None, None, None
 
 
 class Scene:
@@ -25,25 +28,23 @@ class Scene:
         self.runs = Runs(self.write, gone=lambda pid: pid in self.dead)
         self.runs.INTERVAL = 0.0
 
-    def write(self, tags: dict[str, Any], fields: dict[str, Any]) -> None:
+    def write(self, facts: Facts, state: str, exception: str | None, runtime: int | None) -> None:
         if self.failures:
             raise self.failures.pop()
-        assert tags.items() >= TAGS.items()
-        assert fields.items() >= FIELDS.items()
-        self.points.append((tags["state"], tags["exception"], tags["id"]))
-        self.runtimes.append(fields.get("runtime"))
+        run_id = facts[0][1]
+        assert facts == facts_of(run_id)
+        self.points.append((state, exception, run_id))
+        self.runtimes.append(None if runtime is None else runtime / 1e9)
 
     def start(self, pid: int, run_id: str, ago: float = 0.0, *, goes_back: bool = False) -> None:
         began = time.time_ns() - int(ago * 1e9)
-        frame = start_frame(run_id, began, {**TAGS, "id": run_id}, FIELDS, goes_back)
+        frame = start_frame(run_id, began, facts_of(run_id), goes_back)
         # A child writes its own pid.
         own = frame.replace(os.getpid().to_bytes(4, "little"), pid.to_bytes(4, "little"), 1)
         self.runs.started(own)
 
     def judge(self, pid: int, run_id: str, state: str, exception: str | None = LOST) -> None:
-        self.runs.judged(
-            verdict_frame(pid, run_id, state, exception, {**TAGS, "id": run_id}, FIELDS)
-        )
+        self.runs.judged(verdict_frame(pid, run_id, state, exception, facts_of(run_id)))
 
     def die(self, pid: int) -> None:
         """It dies, and all that it wrote is read."""
@@ -277,7 +278,7 @@ def test_names_that_are_no_plain_strings_are_taken_as_what_they_say(scene: Scene
     class Name(str):
         __slots__ = ()
 
-    scene.runs.started(start_frame(Name("a"), 1, {**TAGS, "id": Name("a")}, FIELDS, False))
+    scene.runs.started(start_frame(Name("a"), 1, facts_of(Name("a")), False))
     scene.runs.close()
 
     assert scene.points == [("FAILURE", LOST, "a")]

@@ -1,0 +1,79 @@
+"""The point of a task's run: what is known of it, its tags and fields, and its line.
+
+A run costs its worker more than anything else here does. So what is known of one is a bare tuple,
+cheap to make and to hand on, and its times are ns, cheap to write.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from celery_influx.measurements import CELERY_TASK
+from celery_influx.point import Point
+
+_NS = 1_000_000_000
+
+
+class Series(NamedTuple):
+    """What all runs of a task from one queue in one worker have in common: their tags."""
+
+    task: str
+    queue: str
+    worker: str | None
+
+
+#: Of one run, before its end: its ``Series``; retries; ns that it waited, and ns since the first
+#: publish, where they are known; ids of task, root and parent, where they are wanted.
+Facts = tuple[
+    tuple[str, str, str | None],
+    int,
+    "int | None",
+    "int | None",
+    "tuple[str | None, str | None, str | None] | None",
+]
+
+
+def tags_of(series: tuple[Any, ...], state: str, exception: str | None) -> dict[str, str | None]:
+    """The tags of a run's point, but for the constant ones."""
+    task, queue, worker = series
+    tags = {"task": task, "queue": queue, "worker": worker, "state": state, "exception": exception}
+    if worker is None:
+        del tags["worker"]  # in a worker each point has its name without us
+    return tags
+
+
+def point_of(
+    facts: Facts, state: str, exception: str | None, runtime: int | None, cpu: int | None = None
+) -> Point:
+    """The point of a run, in whatever way it ended; times in ns."""
+    series, retries, wait, age, ids = facts
+    times = {"runtime": runtime, "wait": wait, "age": age, "cpu": cpu}
+    fields: dict[str, Any] = {
+        name: value / _NS for name, value in times.items() if value is not None
+    }
+    fields["retries"] = retries
+    if ids:
+        fields["id"], fields["root_id"], fields["parent_id"] = ids
+    return Point(CELERY_TASK.name, fields, tags_of(series, state, exception))
+
+
+def fields_text(facts: Facts, runtime: int, cpu: int | None) -> str:
+    """The fields of such a point as line protocol has them; only of one without ids."""
+    _, retries, wait, age, _ = facts
+    if cpu is not None and wait is not None and max(runtime, cpu, wait) < _NS:
+        # Most are such.
+        text = f"runtime=0.{runtime:09d},cpu=0.{cpu:09d},wait=0.{wait:09d},retries={retries}i"
+    else:
+        text = f"runtime={_seconds(runtime)},retries={retries}i"
+        if cpu is not None:
+            text = f"{text},cpu={_seconds(cpu)}"
+        if wait is not None:
+            text = f"{text},wait={_seconds(wait)}"
+    if age is not None:
+        text = f"{text},age={_seconds(age)}"
+    return text
+
+
+def _seconds(ns: int) -> str:
+    """The same double as ``repr(ns / 1e9)`` is, in half the time."""
+    return f"0.{ns:09d}" if ns < _NS else f"{ns // _NS}.{ns % _NS:09d}"
