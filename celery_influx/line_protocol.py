@@ -1,8 +1,7 @@
 """Line protocol: points to bytes, for influxd 1.x. No I/O, clock or log.
 
-``implementation`` says what encodes ordinary points: "c", where the package's extension could be
-built, or "python". The environment variable ``CELERY_INFLUX_PURE``, set to anything but the empty
-string when Celery starts, switches the extension off. Both write the same bytes.
+``implementation`` says what encodes ordinary points: "c", the extension, or "python"; see
+``speedups``. Both write the same bytes.
 
 Whatever ``encode`` returns is stored by InfluxDB exactly as given; a point that cannot be is
 refused. Ordinary names go a fast way. Where a name holds a backslash or a control character,
@@ -16,10 +15,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import datetime, timezone
 from decimal import Decimal
 from enum import Enum
@@ -38,12 +35,9 @@ from celery_influx.line_reader import (
     read_line,
 )
 from celery_influx.point import Point, Precision
+from celery_influx.speedups import extension
 
-_speedups: ModuleType | None = None
-if not os.environ.get("CELERY_INFLUX_PURE"):
-    with suppress(ImportError):
-        from celery_influx import _speedups
-implementation = "c" if _speedups else "python"
+implementation = "c" if extension else "python"
 
 # influxd's storage joins series key and field key with this and, when it starts, parts them at
 # its first appearance: a series key holding it comes back from a restart as another series.
@@ -97,7 +91,7 @@ class Encoder:
         self._tags = {key: value for key, value in _texts("constant tags", tags).items() if value}
         _line("constant tags", "m", self._tags, {"f": True}, None)
         unit = self._precision.nanoseconds
-        self.encode = make_encode(self._tags, unit, clock, on_left_out, _speedups)
+        self.encode = make_encode(self._tags, unit, clock, on_left_out, extension)
 
     def __repr__(self) -> str:
         return f"<Encoder precision={self._precision.value!r} tags={self._tags!r}>"

@@ -52,7 +52,7 @@ def test_the_switch_and_the_name_of_what_encodes() -> None:
 
 
 def test_without_the_extension_python_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_protocol, "_speedups", None)
+    monkeypatch.setattr(line_protocol, "extension", None)
 
     assert type(Encoder().encode).__name__ == "function"
     assert Encoder().encode(POINT) == rb'cpu\ load,host=h\,1 a=1.25,b=3i,c="x\"y",d=true 17'
