@@ -1,4 +1,5 @@
-/* The encoder of line_protocol.py in C: ordinary points, written as its `encode` writes them.
+/* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
+stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them.
 
 Whatever is out of the ordinary, and every error, is left to the Python it stands in for: so there
 is one rule, and this file holds none that Python does not. What must hold here, too:
@@ -7,9 +8,9 @@ is one rule, and this file holds none that Python does not. What must hold here,
   comparing is C's. The clock, `on_left_out` and the Python encoder, which are Python's, are called
   when nothing of the point is being walked through; the line begun is on this call's own stack, so
   that they may send points themselves, raise, or be interrupted by a signal's handler.
-- Nothing is kept between calls, and nothing shared: any number of threads and sub-interpreters may
-  encode at once. Without the interpreter's lock (3.13t) dicts are walked through in a critical
-  section.
+- The encoder keeps nothing between calls and shares nothing: any number of threads and
+  sub-interpreters may encode at once. Without the interpreter's lock (3.13t) dicts are walked
+  through in a critical section, and buffers and stamps are used in one.
 - Every reference to what a point holds is borrowed from the point, which the caller holds, inside
   of one walk. */
 
@@ -19,6 +20,7 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #ifndef Py_BEGIN_CRITICAL_SECTION
 #define Py_BEGIN_CRITICAL_SECTION(object) {
@@ -240,6 +242,112 @@ static int put_float(Line *line, double value)
     return DONE;
 }
 
+/* -- stamps -------------------------------------------------------------------------------------- */
+
+#define SLOTS 1000
+#define PUT_BACK 1000000000LL
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *clock; /* callable; None: the system's */
+    long long slot, last;
+} Stamps;
+
+/* -1 with an exception set where the clock raises. */
+static int next_stamp(Stamps *self, long long *stamp)
+{
+    long long now;
+    if (self->clock == Py_None) {
+        struct timespec time;
+        clock_gettime(CLOCK_REALTIME, &time);
+        now = time.tv_sec * 1000000000LL + time.tv_nsec;
+    } else {
+        PyObject *given = PyObject_CallNoArgs(self->clock);
+        if (given == NULL)
+            return -1;
+        now = PyLong_AsLongLong(given);
+        Py_DECREF(given);
+        if (now == -1 && PyErr_Occurred())
+            return -1;
+    }
+    long long rest = now % SLOTS;
+    now += self->slot - rest - (rest < 0 ? SLOTS : 0);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (now <= self->last && self->last < now + PUT_BACK)
+        now = self->last + SLOTS;
+    self->last = now;
+    Py_END_CRITICAL_SECTION();
+    *stamp = now;
+    return 0;
+}
+
+static PyObject *stamps_call(Stamps *self, PyObject *args, PyObject *kwargs)
+{
+    long long stamp;
+    if (!PyArg_ParseTuple(args, ":Stamps") || next_stamp(self, &stamp))
+        return NULL;
+    return PyLong_FromLongLong(stamp);
+}
+
+static PyObject *stamps_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"slot", "clock", NULL};
+    PyObject *clock = Py_None;
+    long long slot;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|O:Stamps", names, &slot, &clock))
+        return NULL;
+    Stamps *self = (Stamps *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->slot = (slot % SLOTS + SLOTS) % SLOTS;
+    self->clock = Py_NewRef(clock);
+    return (PyObject *)self;
+}
+
+static int stamps_traverse(Stamps *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->clock);
+    return 0;
+}
+
+static int stamps_clear(Stamps *self)
+{
+    Py_CLEAR(self->clock);
+    return 0;
+}
+
+static void stamps_dealloc(Stamps *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    stamps_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef stamps_members[] = {
+    {"slot", T_LONGLONG, offsetof(Stamps, slot), READONLY, NULL},
+    {NULL},
+};
+
+static PyType_Slot stamps_slots[] = {
+    {Py_tp_new, stamps_new},
+    {Py_tp_call, stamps_call},
+    {Py_tp_traverse, stamps_traverse},
+    {Py_tp_clear, stamps_clear},
+    {Py_tp_dealloc, stamps_dealloc},
+    {Py_tp_members, stamps_members},
+    {0, NULL},
+};
+
+static PyType_Spec stamps_spec = {
+    .name = "celery_influx._speedups.Stamps",
+    .basicsize = sizeof(Stamps),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = stamps_slots,
+};
+
 /* -- a point ------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -250,6 +358,7 @@ typedef struct {
     PyObject *on_left_out;   /* callable or None */
     PyObject *encode;        /* the Python encoder */
     PyObject *slow;          /* its slow way, for a point whose clock has been asked */
+    Stamps *stamps;          /* the clock, where it is one of these; else NULL */
     long long unit;
 } Encoder;
 
@@ -395,14 +504,8 @@ static int put_point(
 }
 
 /* The time, rounded down to the encoder's unit. */
-static int put_time(Encoder *self, Line *line, PyObject *timestamp)
+static int put_ns(Encoder *self, Line *line, long long time)
 {
-    int overflow;
-    if (!PyLong_CheckExact(timestamp))
-        return RARE;
-    long long time = PyLong_AsLongLongAndOverflow(timestamp, &overflow);
-    if (overflow)
-        return RARE;
     long long rest = time % self->unit;
     long long ticks = time / self->unit - (rest < 0);
     /* Rounded down it must not be before the first time there is. */
@@ -415,30 +518,37 @@ static int put_time(Encoder *self, Line *line, PyObject *timestamp)
     return DONE;
 }
 
-static PyObject *encode(PyObject *arg, PyObject *point)
+static int put_time(Encoder *self, Line *line, PyObject *timestamp)
 {
-    Encoder *self = (Encoder *)arg;
-    Line line;
-    Py_ssize_t left_out = 0;
-    PyObject *result = NULL;
-    PyObject *way = self->encode; /* that this point goes if it is rare */
+    int overflow;
+    if (!PyLong_CheckExact(timestamp))
+        return RARE;
+    long long time = PyLong_AsLongLongAndOverflow(timestamp, &overflow);
+    return overflow ? RARE : put_ns(self, line, time);
+}
 
+/* The line of a point, and the time that it has or is given: RARE before any clock was asked. */
+static int put_all(Encoder *self, Line *line, PyObject *point, Py_ssize_t *left_out, PyObject **way)
+{
+    *way = self->encode;
     if (!PyTuple_Check(point) || Py_TYPE(point)->tp_iter != PyTuple_Type.tp_iter ||
         PyTuple_GET_SIZE(point) != 4)
-        return PyObject_CallOneArg(way, point);
-    PyObject *timestamp = PyTuple_GET_ITEM(point, 3);
-
-    line_begin(&line);
+        return RARE;
     int came = put_point(
-        self, &line, PyTuple_GET_ITEM(point, 0), PyTuple_GET_ITEM(point, 1),
-        PyTuple_GET_ITEM(point, 2), &left_out);
+        self, line, PyTuple_GET_ITEM(point, 0), PyTuple_GET_ITEM(point, 1),
+        PyTuple_GET_ITEM(point, 2), left_out);
+    PyObject *timestamp = PyTuple_GET_ITEM(point, 3);
     if (came == DONE && timestamp != Py_None) {
-        came = put_time(self, &line, timestamp);
+        came = put_time(self, line, timestamp);
+    } else if (came == DONE && self->stamps != NULL && self->stamps->clock == Py_None) {
+        long long now;
+        next_stamp(self->stamps, &now);
+        came = put_ns(self, line, now);
     } else if (came == DONE && self->clock != Py_None) {
-        way = self->slow;
+        *way = self->slow; /* for `encode` would ask the clock again */
         PyObject *now = PyObject_CallNoArgs(self->clock);
         if (now != NULL) {
-            came = now == Py_None ? DONE : put_time(self, &line, now);
+            came = now == Py_None ? DONE : put_time(self, line, now);
             Py_DECREF(now);
         } else if (
             PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_TypeError) ||
@@ -449,8 +559,18 @@ static PyObject *encode(PyObject *arg, PyObject *point)
             came = BROKEN;
         }
     }
-    if (came == DONE && line.length > MAX_LENGTH)
-        came = RARE;
+    return came == DONE && line->length > MAX_LENGTH ? RARE : came;
+}
+
+static PyObject *encode(PyObject *arg, PyObject *point)
+{
+    Encoder *self = (Encoder *)arg;
+    Line line;
+    Py_ssize_t left_out = 0;
+    PyObject *result = NULL, *way;
+
+    line_begin(&line);
+    int came = put_all(self, &line, point, &left_out, &way);
     if (came == DONE)
         result = PyBytes_FromStringAndSize(line.text, line.length);
     line_end(&line);
@@ -464,8 +584,6 @@ static PyObject *encode(PyObject *arg, PyObject *point)
     }
     return result;
 }
-
-/* -- the module ---------------------------------------------------------------------------------- */
 
 static int encoder_traverse(Encoder *self, visitproc visit, void *arg)
 {
@@ -515,6 +633,327 @@ static PyType_Spec encoder_spec = {
 static PyMethodDef encode_def = {
     "encode", encode, METH_O, "One line for a point, as line_protocol.Encoder's encode."};
 
+/* -- the buffer ---------------------------------------------------------------------------------- */
+
+/* A ring of references to bytes; nothing in it runs Python code, so the interpreter's lock is
+enough of one, and a signal's handler or finaliser never comes in between. */
+#define SMALL 64
+#define LARGE 16384
+
+typedef struct {
+    PyObject_HEAD
+    PyObject **ring;
+    Py_ssize_t size, first, count; /* size is a power of two */
+    long long max_lines, max_bytes, bytes, put_lines, taken, dropped;
+} Buffer;
+
+static inline Py_ssize_t size_of(PyObject *line)
+{
+    return PyBytes_GET_SIZE(line) + 1;
+}
+
+static PyObject *buffer_pop(Buffer *self)
+{
+    PyObject *line = self->ring[self->first];
+    self->first = (self->first + 1) & (self->size - 1);
+    self->count -= 1;
+    self->bytes -= size_of(line);
+    return line;
+}
+
+static int buffer_resize(Buffer *self, Py_ssize_t size)
+{
+    PyObject **ring = PyMem_Malloc((size_t)size * sizeof *ring);
+    if (ring == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < self->count; i++)
+        ring[i] = self->ring[(self->first + i) & (self->size - 1)];
+    PyMem_Free(self->ring);
+    self->ring = ring;
+    self->size = size;
+    self->first = 0;
+    return 0;
+}
+
+/* Empty, it gives back what a burst has made of it. */
+static void buffer_rest(Buffer *self)
+{
+    if (self->count == 0 && self->size > LARGE && buffer_resize(self, SMALL))
+        PyErr_Clear(); /* then it stays large */
+}
+
+/* Takes over the reference; -1 with MemoryError set, and the line is gone. */
+static int buffer_append(Buffer *self, PyObject *line)
+{
+    if (self->count == self->size && buffer_resize(self, 2 * self->size)) {
+        Py_DECREF(line);
+        return -1;
+    }
+    self->ring[(self->first + self->count) & (self->size - 1)] = line;
+    self->count += 1;
+    self->bytes += size_of(line);
+    self->put_lines += 1;
+    return 0;
+}
+
+/* Down to the limits, the oldest first; how many had to go. */
+static Py_ssize_t buffer_limit(Buffer *self)
+{
+    Py_ssize_t dropped = 0;
+    while (self->count && (self->bytes > self->max_bytes || self->count > self->max_lines)) {
+        Py_DECREF(buffer_pop(self));
+        dropped += 1;
+    }
+    self->dropped += dropped;
+    return dropped;
+}
+
+static PyObject *buffer_put(Buffer *self, PyObject *lines)
+{
+    PyObject *found = PySequence_Fast(lines, "expected a sequence of bytes");
+    if (found == NULL)
+        return NULL;
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(found), dropped = 0;
+    int wrong = 0;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    for (Py_ssize_t i = 0; i < count && !wrong; i++) {
+        PyObject *line = PySequence_Fast_GET_ITEM(found, i);
+        if (PyBytes_CheckExact(line))
+            wrong = buffer_append(self, Py_NewRef(line));
+        else {
+            PyErr_SetString(PyExc_TypeError, "expected bytes");
+            wrong = 1;
+        }
+    }
+    dropped = buffer_limit(self);
+    Py_END_CRITICAL_SECTION();
+    Py_DECREF(found);
+    return wrong ? NULL : PyLong_FromSsize_t(dropped);
+}
+
+static PyObject *buffer_take(Buffer *self, PyObject *args)
+{
+    long long max_lines, max_bytes;
+    if (!PyArg_ParseTuple(args, "LL:take", &max_lines, &max_bytes))
+        return NULL;
+    PyObject *taken = PyList_New(0);
+    if (taken == NULL)
+        return NULL;
+    long long room = max_bytes + 1, too_long = 0;
+    int wrong = 0;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    while (self->count && PyList_GET_SIZE(taken) < max_lines) {
+        PyObject *line = self->ring[self->first];
+        if (size_of(line) <= room) {
+            wrong = PyList_Append(taken, line);
+            if (wrong)
+                break;
+            room -= size_of(line);
+        } else if (size_of(line) <= max_bytes + 1) {
+            break;
+        } else {
+            too_long += 1;
+        }
+        Py_DECREF(buffer_pop(self));
+    }
+    self->taken += PyList_GET_SIZE(taken) + too_long;
+    buffer_rest(self);
+    Py_END_CRITICAL_SECTION();
+    if (wrong) {
+        Py_DECREF(taken);
+        return NULL;
+    }
+    return Py_BuildValue("NL", taken, too_long);
+}
+
+static PyObject *buffer_clear(Buffer *self, PyObject *none)
+{
+    Py_ssize_t dropped;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    dropped = self->count;
+    while (self->count)
+        Py_DECREF(buffer_pop(self));
+    self->dropped += dropped;
+    buffer_rest(self);
+    Py_END_CRITICAL_SECTION();
+    return PyLong_FromSsize_t(dropped);
+}
+
+static Py_ssize_t buffer_length(Buffer *self)
+{
+    return self->count;
+}
+
+static PyObject *buffer_repr(Buffer *self)
+{
+    return PyUnicode_FromFormat(
+        "<Buffer lines=%zd/%lld bytes=%lld/%lld>", self->count, self->max_lines, self->bytes,
+        self->max_bytes);
+}
+
+static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"max_lines", "max_bytes", NULL};
+    long long max_lines, max_bytes;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LL:Buffer", names, &max_lines, &max_bytes))
+        return NULL;
+    Buffer *self = (Buffer *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->max_lines = max_lines;
+    self->max_bytes = max_bytes;
+    if (buffer_resize(self, SMALL)) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+static void buffer_dealloc(Buffer *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    while (self->count)
+        Py_DECREF(buffer_pop(self));
+    PyMem_Free(self->ring);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef buffer_members[] = {
+    {"max_lines", T_LONGLONG, offsetof(Buffer, max_lines), READONLY, NULL},
+    {"max_bytes", T_LONGLONG, offsetof(Buffer, max_bytes), READONLY, NULL},
+    {"bytes", T_LONGLONG, offsetof(Buffer, bytes), READONLY, NULL},
+    {"put_lines", T_LONGLONG, offsetof(Buffer, put_lines), READONLY, NULL},
+    {"taken", T_LONGLONG, offsetof(Buffer, taken), READONLY, NULL},
+    {"dropped", T_LONGLONG, offsetof(Buffer, dropped), READONLY, NULL},
+    {NULL},
+};
+
+static PyMethodDef buffer_methods[] = {
+    {"put", (PyCFunction)buffer_put, METH_O, "put(lines): how many old ones were dropped for them."},
+    {"take", (PyCFunction)buffer_take, METH_VARARGS, "take(max_lines, max_bytes): lines, too long."},
+    {"clear", (PyCFunction)buffer_clear, METH_NOARGS, "clear(): how many lines were dropped."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot buffer_slots[] = {
+    {Py_tp_new, buffer_new},
+    {Py_tp_dealloc, buffer_dealloc},
+    {Py_tp_repr, buffer_repr},
+    {Py_tp_members, buffer_members},
+    {Py_tp_methods, buffer_methods},
+    {Py_sq_length, buffer_length},
+    {0, NULL},
+};
+
+static PyType_Spec buffer_spec = {
+    .name = "celery_influx._speedups.Buffer",
+    .basicsize = sizeof(Buffer),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = buffer_slots,
+};
+
+/* -- from a point to the buffer ------------------------------------------------------------------ */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *encoder; /* an Encoder, whose clock is a Stamps */
+    PyObject *buffer;
+    PyObject *send; /* the Python way */
+    PyObject *wake; /* called with the number of lines dropped, where there are, or a batch is due */
+    Py_buffer points;
+    long long due_lines, due_bytes;
+} Sender;
+
+static PyObject *send(PyObject *arg, PyObject *point)
+{
+    Sender *self = (Sender *)arg;
+    Encoder *encoder = (Encoder *)self->encoder;
+    Buffer *buffer = (Buffer *)self->buffer;
+    Line line;
+    Py_ssize_t left_out = 0, dropped = 0;
+    PyObject *way, *bytes = NULL;
+
+    line_begin(&line);
+    int came = put_all(encoder, &line, point, &left_out, &way);
+    if (came == DONE && !left_out) {
+        bytes = PyBytes_FromStringAndSize(line.text, line.length);
+        came = bytes == NULL ? BROKEN : DONE;
+    }
+    line_end(&line);
+    if (came == BROKEN)
+        return NULL;
+    if (bytes == NULL)
+        return PyObject_CallOneArg(self->send, point);
+    int due, wrong;
+    Py_BEGIN_CRITICAL_SECTION(buffer);
+    wrong = buffer_append(buffer, bytes);
+    if (!wrong)
+        *(uint64_t *)self->points.buf += 1;
+    dropped = buffer_limit(buffer);
+    due = buffer->bytes >= self->due_bytes || buffer->count >= self->due_lines;
+    Py_END_CRITICAL_SECTION();
+    if (wrong)
+        return NULL;
+    if (!dropped && !due)
+        Py_RETURN_NONE;
+    return PyObject_CallFunction(self->wake, "n", dropped);
+}
+
+static int sender_traverse(Sender *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->encoder);
+    Py_VISIT(self->buffer);
+    Py_VISIT(self->send);
+    Py_VISIT(self->wake);
+    Py_VISIT(self->points.obj);
+    return 0;
+}
+
+static int sender_clear(Sender *self)
+{
+    Py_CLEAR(self->encoder);
+    Py_CLEAR(self->buffer);
+    Py_CLEAR(self->send);
+    Py_CLEAR(self->wake);
+    PyBuffer_Release(&self->points);
+    return 0;
+}
+
+static void sender_dealloc(Sender *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    sender_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot sender_slots[] = {
+    {Py_tp_traverse, sender_traverse},
+    {Py_tp_clear, sender_clear},
+    {Py_tp_dealloc, sender_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec sender_spec = {
+    .name = "celery_influx._speedups.Sender",
+    .basicsize = sizeof(Sender),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = sender_slots,
+};
+
+static PyMethodDef send_def = {"send", send, METH_O, "Queue a point, as Database's _send."};
+
+/* -- the module ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyTypeObject *encoder, *stamps, *buffer, *sender;
+} State;
+
 static PyObject *encoder(PyObject *module, PyObject *args)
 {
     PyObject *constant, *constant_text, *clock, *on_left_out, *python_encode, *slow;
@@ -523,8 +962,8 @@ static PyObject *encoder(PyObject *module, PyObject *args)
             args, "O!O!LOOOO:encoder", &PyDict_Type, &constant, &PyBytes_Type, &constant_text, &unit,
             &clock, &on_left_out, &python_encode, &slow))
         return NULL;
-    PyTypeObject *type = *(PyTypeObject **)PyModule_GetState(module);
-    Encoder *self = (Encoder *)type->tp_alloc(type, 0);
+    State *state = PyModule_GetState(module);
+    Encoder *self = (Encoder *)state->encoder->tp_alloc(state->encoder, 0);
     if (self == NULL)
         return NULL;
     self->constant = Py_NewRef(constant);
@@ -533,8 +972,47 @@ static PyObject *encoder(PyObject *module, PyObject *args)
     self->on_left_out = Py_NewRef(on_left_out);
     self->encode = Py_NewRef(python_encode);
     self->slow = Py_NewRef(slow);
+    self->stamps = Py_TYPE(clock) == state->stamps ? (Stamps *)clock : NULL;
     self->unit = unit;
     PyObject *function = PyCFunction_New(&encode_def, (PyObject *)self);
+    Py_DECREF(self);
+    return function;
+}
+
+static PyObject *sender(PyObject *module, PyObject *args)
+{
+    State *state = PyModule_GetState(module);
+    PyObject *encode, *buffer, *points, *python_send, *wake;
+    long long due_lines, due_bytes;
+    if (!PyArg_ParseTuple(
+            args, "O!O!OLLOO:sender", &PyCFunction_Type, &encode, state->buffer, &buffer, &points,
+            &due_lines, &due_bytes, &python_send, &wake))
+        return NULL;
+    PyObject *encoder = PyCFunction_GET_SELF(encode);
+    if (encoder == NULL || Py_TYPE(encoder) != state->encoder ||
+        ((Encoder *)encoder)->stamps == NULL) {
+        PyErr_SetString(PyExc_TypeError, "expected an encode of this module, with its Stamps");
+        return NULL;
+    }
+    Sender *self = (Sender *)state->sender->tp_alloc(state->sender, 0);
+    if (self == NULL)
+        return NULL;
+    if (PyObject_GetBuffer(points, &self->points, PyBUF_WRITABLE)) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    if (self->points.len < (Py_ssize_t)sizeof(uint64_t)) {
+        PyErr_SetString(PyExc_ValueError, "expected a cell of 64 bits");
+        Py_DECREF(self);
+        return NULL;
+    }
+    self->encoder = Py_NewRef(encoder);
+    self->buffer = Py_NewRef(buffer);
+    self->send = Py_NewRef(python_send);
+    self->wake = Py_NewRef(wake);
+    self->due_lines = due_lines;
+    self->due_bytes = due_bytes;
+    PyObject *function = PyCFunction_New(&send_def, (PyObject *)self);
     Py_DECREF(self);
     return function;
 }
@@ -542,26 +1020,46 @@ static PyObject *encoder(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"encoder", encoder, METH_VARARGS,
      "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow): an encode."},
+    {"sender", sender, METH_VARARGS,
+     "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
     {NULL, NULL, 0, NULL},
 };
 
+static int add_type(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
+{
+    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *type == NULL ? -1 : PyModule_AddType(module, *type);
+}
+
 static int module_exec(PyObject *module)
 {
-    PyTypeObject **type = PyModule_GetState(module);
+    State *state = PyModule_GetState(module);
     fill_treatments(); /* always the same: harmless in a second interpreter */
-    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &encoder_spec, NULL);
-    return *type == NULL ? -1 : 0;
+    return add_type(module, &state->encoder, &encoder_spec) ||
+                   add_type(module, &state->stamps, &stamps_spec) ||
+                   add_type(module, &state->buffer, &buffer_spec) ||
+                   add_type(module, &state->sender, &sender_spec)
+               ? -1
+               : 0;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
-    Py_VISIT(*(PyTypeObject **)PyModule_GetState(module));
+    State *state = PyModule_GetState(module);
+    Py_VISIT(state->encoder);
+    Py_VISIT(state->stamps);
+    Py_VISIT(state->buffer);
+    Py_VISIT(state->sender);
     return 0;
 }
 
 static int module_clear(PyObject *module)
 {
-    Py_CLEAR(*(PyTypeObject **)PyModule_GetState(module));
+    State *state = PyModule_GetState(module);
+    Py_CLEAR(state->encoder);
+    Py_CLEAR(state->stamps);
+    Py_CLEAR(state->buffer);
+    Py_CLEAR(state->sender);
     return 0;
 }
 
@@ -579,8 +1077,8 @@ static PyModuleDef_Slot module_slots[] = {
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "celery_influx._speedups",
-    .m_doc = "The encoder of line_protocol in C.",
-    .m_size = sizeof(PyTypeObject *),
+    .m_doc = "The way of an ordinary point, in C.",
+    .m_size = sizeof(State),
     .m_methods = methods,
     .m_slots = module_slots,
     .m_traverse = module_traverse,

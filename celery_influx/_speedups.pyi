@@ -1,6 +1,25 @@
-from collections.abc import Callable
+import builtins
+from collections.abc import Callable, Sequence
 
 from celery_influx.point import Point
+
+class Stamps:
+    slot: int
+    def __init__(self, slot: int, clock: Callable[[], int] | None = None) -> None: ...
+    def __call__(self) -> int: ...
+
+class Buffer:
+    max_lines: int
+    max_bytes: int
+    bytes: int
+    put_lines: int
+    taken: int
+    dropped: int
+    def __init__(self, max_lines: int, max_bytes: int) -> None: ...
+    def put(self, lines: Sequence[builtins.bytes]) -> int: ...
+    def take(self, max_lines: int, max_bytes: int) -> tuple[list[builtins.bytes], int]: ...
+    def clear(self) -> int: ...
+    def __len__(self) -> int: ...
 
 def encoder(
     constant: dict[str, str],
@@ -11,3 +30,12 @@ def encoder(
     encode: Callable[[Point], bytes],
     slow: Callable[[Point], bytes],
 ) -> Callable[[Point], bytes]: ...
+def sender(
+    encode: Callable[[Point], bytes],
+    buffer: Buffer,
+    points: memoryview,
+    due_lines: int,
+    due_bytes: int,
+    send: Callable[[Point], None],
+    wake: Callable[[int], None],
+) -> Callable[[Point], None]: ...

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery_influx.batcher import Batcher
-from celery_influx.buffer import Buffer
+from celery_influx.buffer import make_buffer
 from celery_influx.counters import DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
 from celery_influx.delivery import Delivery
 from celery_influx.errors import ConfigError, FieldError, InfluxError, PointError
@@ -21,7 +21,8 @@ from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point, Precision
 from celery_influx.report import Report
-from celery_influx.stamps import Stamps
+from celery_influx.speedups import extension
+from celery_influx.stamps import Stamps, make_stamps
 from celery_influx.transports import Transport, load, open_transport
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Database:
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
+        self._accept: Callable[[Point], None]  # what `send_data` does with a Point
         self._constant: Mapping[str, Any]
         self._stamps: Stamps
         self._unit = Precision(options.precision).nanoseconds
@@ -118,9 +120,12 @@ class Database:
 
         When the buffer is full the oldest line is dropped, and counted as ``dropped``.
         """
+        if type(point) is Point:
+            self._accept(point)
+            return
         if not self._enabled:
             return
-        if type(point) is Point or isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
+        if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
             self._send(point)
             return
         points: Iterator[object] | None = None
@@ -230,6 +235,7 @@ class Database:
         """
         with self._starting:
             batcher, self._batcher = self._batcher, None
+            self._accept = self._send if self._enabled else _ignore
             self._closing = self._closing or batcher is not None
         client, self._http = self._http, None
         if client:
@@ -357,6 +363,24 @@ class Database:
                 )
             finally:
                 self._opening = False
+            self._accept = self._quickest()
+
+    def _quickest(self) -> Callable[[Point], None]:
+        """``_send``, or what does the same in C; that knows no relay, and no start of a batcher."""
+        buffer, stamps = self._buffer, self._stamps
+        if extension is None or self._put != self._put_own or type(stamps) is Stamps:
+            return self._send
+        points = self._counters[POINTS : POINTS + 1]
+        quick: Callable[[Point], None] = extension.sender(
+            self._encode,
+            buffer,
+            points,
+            self._wake_lines,
+            self._wake_bytes,
+            self._send,
+            self._after_put,
+        )
+        return quick
 
     def _start(self) -> None:
         try:
@@ -379,10 +403,11 @@ class Database:
 
     def _forget(self) -> None:
         self._batcher = None
-        self._buffer = Buffer(self.options.queue_size, self.options.queue_bytes)
+        self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger, passing=self._passing)
         self._unrelayed = 0
         self._relay_end = None
+        self._accept = self._send if self._enabled else _ignore
         self._starting = threading.RLock()
         self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
@@ -401,7 +426,7 @@ class Database:
         with self._starting:
             if self._encode == self._first_encode:
                 counters = Counters(1)
-                stamps = Stamps(os.getpid())
+                stamps = make_stamps(os.getpid())
                 self.begin(counters.row(0), lambda: counters.total(0), stamps, self._tags)
 
     def _count_left_out(self, fields: int) -> None:
@@ -430,19 +455,28 @@ class Database:
     def _queue(self, lines: Sequence[bytes]) -> None:
         buffer = self._buffer
         dropped = buffer.put(lines)
+        if self._batcher is None:
+            self._start()
+        if dropped or buffer.bytes >= self._wake_bytes or len(buffer) >= self._wake_lines:
+            self._after_put(dropped)
+
+    def _after_put(self, dropped: int) -> None:
+        """The buffer is full, or there is enough in it for a batch."""
         if dropped:
             self._counters[DROPPED] += dropped
             self._report.warn(
                 "full", "%s: the buffer is full: dropped the oldest %d lines", self.name, dropped
             )
         batcher = self._batcher
-        if batcher is None:
-            self._start()
-        elif buffer.bytes >= self._wake_bytes or len(buffer) >= self._wake_lines:
+        if batcher:
             batcher.wake()
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {self.address} started={self._batcher is not None}>"
+
+
+def _ignore(_: object) -> None:
+    """What is done with a point where the plugin is switched off."""
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
 from celery_influx.relay import START, VERDICT, Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
-from celery_influx.stamps import SLOTS, Stamps
+from celery_influx.stamps import SLOTS, make_stamps
 from celery_influx.task_points import Facts, fields_text, point_of, tags_of
 from celery_influx.timing import Timer
 from celery_influx.transports import load as load_module
@@ -377,7 +377,7 @@ class Influx:
             tags = {"host": socket.gethostname()}
             if worker:
                 tags["worker"] = worker.hostname
-            stamps = Stamps(slot)
+            stamps = make_stamps(slot)
             for number, database in enumerate(databases.values()):
                 database.begin(
                     counters.row(number, row),

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from celery_influx.speedups import extension
+
 SLOTS = 1_000
 #: A clock that jumps back so many ns was put right: to go on from the old time would give all
 #: points one and the same time until it has caught up.
@@ -41,3 +43,7 @@ class Stamps:
                 now = self._last + SLOTS
             self._last = now
         return now
+
+
+#: As quick as can be here. Both are held to the same tests.
+make_stamps: type[Stamps] = extension.Stamps if extension else Stamps

@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from celery_influx.buffer import Buffer, pack
+from celery_influx.buffer import Buffer as PythonBuffer
+from celery_influx.buffer import pack
+from celery_influx.speedups import extension
+
+BUFFERS = [PythonBuffer, *([extension.Buffer] if extension else [])]
+both = pytest.mark.parametrize("Buffer", BUFFERS, ids=lambda kind: kind.__module__)
 
 MAX_LINES, MAX_BYTES = 7, 40
 
@@ -24,9 +29,11 @@ def size(lines: list[bytes]) -> int:
 class BufferAgainstModel(RuleBasedStateMachine):
     """What a list would do, said as plainly as can be."""
 
+    Buffer = PythonBuffer
+
     def __init__(self) -> None:
         super().__init__()
-        self.buffer = Buffer(MAX_LINES, MAX_BYTES)
+        self.buffer = self.Buffer(MAX_LINES, MAX_BYTES)
         self.model: list[bytes] = []
         self.put = self.dropped = self.taken = 0
 
@@ -74,11 +81,20 @@ class BufferAgainstModel(RuleBasedStateMachine):
         assert self.buffer.dropped == self.dropped
 
 
+class QuickBufferAgainstModel(BufferAgainstModel):
+    """The one that is in use."""
+
+    Buffer = BUFFERS[-1]
+
+
 BufferAgainstModel.TestCase.settings = settings(max_examples=150, deadline=None)
+QuickBufferAgainstModel.TestCase.settings = settings(max_examples=150, deadline=None)
 TestBufferAgainstModel = BufferAgainstModel.TestCase
+TestQuickBufferAgainstModel = QuickBufferAgainstModel.TestCase
 
 
-def test_full_buffer_drops_the_oldest_line() -> None:
+@both
+def test_full_buffer_drops_the_oldest_line(Buffer: type[PythonBuffer]) -> None:
     buffer = Buffer(2, 1_000)
 
     dropped = buffer.put([b"a", b"b", b"c"])
@@ -87,7 +103,10 @@ def test_full_buffer_drops_the_oldest_line() -> None:
     assert buffer.take(10, 100) == ([b"b", b"c"], 0)
 
 
-def test_bytes_are_a_limit_of_their_own_with_a_newline_for_each_line() -> None:
+@both
+def test_bytes_are_a_limit_of_their_own_with_a_newline_for_each_line(
+    Buffer: type[PythonBuffer],
+) -> None:
     buffer = Buffer(100, 10)
 
     assert buffer.put([b"1234", b"5678"]) == 0
@@ -96,7 +115,8 @@ def test_bytes_are_a_limit_of_their_own_with_a_newline_for_each_line() -> None:
     assert buffer.take(10, 100) == ([b"5678", b""], 0)
 
 
-def test_repr_tells_how_full_it_is() -> None:
+@both
+def test_repr_tells_how_full_it_is(Buffer: type[PythonBuffer]) -> None:
     buffer = Buffer(3, 50)
 
     buffer.put([b"abc"])
@@ -139,8 +159,9 @@ def test_a_line_longer_than_a_payload_is_refused_and_its_neighbours_are_not() ->
 
 
 @pytest.mark.parametrize("max_lines", [1_000_000, 50])
+@both
 def test_with_many_writers_and_a_reader_nothing_is_lost_doubled_or_miscounted(
-    max_lines: int,
+    Buffer: type[PythonBuffer], max_lines: int
 ) -> None:
     buffer = Buffer(max_lines, 10_000_000)
     writers, rounds = 6, 3_000
@@ -182,7 +203,7 @@ def test_with_many_writers_and_a_reader_nothing_is_lost_doubled_or_miscounted(
 class Nested(bytes):
     """A line that puts another one whenever its length is asked for: at the worst moment."""
 
-    buffer: Buffer
+    buffer: PythonBuffer
     puts = 0
     dropped = 0
 
@@ -197,7 +218,7 @@ class Nested(bytes):
 def test_a_put_from_inside_a_put_or_a_take_neither_blocks_nor_spoils_the_count(
     max_lines: int, max_bytes: int
 ) -> None:
-    buffer = Nested.buffer = Buffer(max_lines, max_bytes)
+    buffer = Nested.buffer = PythonBuffer(max_lines, max_bytes)
     Nested.puts = Nested.dropped = 0
     put = dropped = taken = 0
 
@@ -221,7 +242,8 @@ def test_a_put_from_inside_a_put_or_a_take_neither_blocks_nor_spoils_the_count(
     assert buffer.bytes == sum(bytes.__len__(line) + 1 for line in left)
 
 
-def test_a_signal_handler_may_put_at_any_moment() -> None:
+@both
+def test_a_signal_handler_may_put_at_any_moment(Buffer: type[PythonBuffer]) -> None:
     buffer = Buffer(50, 2_000)
     handled = 0
 
@@ -246,4 +268,32 @@ def test_a_signal_handler_may_put_at_any_moment() -> None:
 
     assert buffer.put_lines == puts * 2 + handled * 3
     assert buffer.put_lines == buffer.dropped + taken + len(buffer)
-    assert buffer.bytes == size(list(buffer._lines))
+    left = buffer.take(1_000, 1_000_000)[0]
+    assert buffer.bytes == 0
+    assert len(left) <= 50
+    assert size(left) <= 2_000
+
+
+@pytest.mark.skipif(extension is None, reason="the extension is not built: pip install -e .")
+def test_what_is_no_line_is_refused_and_what_came_before_it_stays() -> None:
+    buffer = BUFFERS[-1](10, 1_000)
+
+    with pytest.raises(TypeError):
+        buffer.put([b"a", 5])  # type: ignore[list-item]
+    assert buffer.take(10, 100) == ([b"a"], 0)
+    assert len(buffer) == 0
+
+
+@both
+def test_a_large_buffer_that_was_emptied_works_on(Buffer: type[PythonBuffer]) -> None:
+    buffer = Buffer(1_000_000, 10_000_000)
+    for first in range(0, 100_000, 1_000):
+        buffer.put([b"%d" % number for number in range(first, first + 1_000)])
+
+    taken: list[bytes] = []
+    while len(buffer):
+        taken += buffer.take(999, 100_000)[0]
+    assert taken == [b"%d" % number for number in range(100_000)]
+    for number in range(1_000):
+        buffer.put([b"%d" % number])
+        assert buffer.take(1, 10) == ([b"%d" % number], 0)

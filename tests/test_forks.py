@@ -3,6 +3,8 @@
 Each lock of the package, and those of libraries on the way of a point, is held at a fork, each in
 turn and all at once; and threads stand in the middle of all that takes time. A held lock is seen
 held before the fork, after it, and in the child's copy of it. The long run is in tests/long.
+
+All that is with the buffer and the stamps in Python: those in C have no locks to be held.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from billiard.process import current_process
 from celery import Celery
 
 import celery_influx
-from celery_influx import timing
+from celery_influx import line_protocol, plugin, timing
+from celery_influx.buffer import Buffer
 from celery_influx.database import Database
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from celery_influx.stamps import Stamps
 from tests.servers import wait_for
 from tests.test_database import Server
 
@@ -532,10 +536,29 @@ def the_relay_delivering_and_a_sync_waiting(scene: Scene) -> Iterator[dict[str, 
 
 
 @pytest.fixture
-def scene(kind: str, scheme: str) -> Iterator[Scene]:
+def in_python() -> bool:
+    """Whether what the extension can do is done by Python."""
+    return True
+
+
+@pytest.fixture
+def scene(
+    kind: str, scheme: str, in_python: bool, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Scene]:
+    if in_python:
+        do_without_the_extension(monkeypatch)
     made = Scene(kind, scheme)
     yield made
     made.close()
+
+
+def do_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process with CELERY_INFLUX_PURE."""
+    for module in (celery_influx.database, line_protocol):
+        monkeypatch.setattr(module, "extension", None)
+    monkeypatch.setattr(celery_influx.database, "make_buffer", Buffer)
+    for module in (celery_influx.database, plugin):
+        monkeypatch.setattr(module, "make_stamps", Stamps)
 
 
 # -- each lock, and each place -----------------------------------------------------------------
@@ -653,6 +676,7 @@ def test_with_every_lock_held_and_threads_everywhere_the_child_sends(
     fork_with_all_held(scene, 5 * FORKS)
 
 
+@pytest.mark.parametrize("in_python", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_forks_amid_the_traffic_of_many_threads_lose_and_double_nothing(

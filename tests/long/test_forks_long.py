@@ -8,7 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_forks import KINDS, SCHEMES, Scene, fork_with_all_held
+from tests.test_forks import (
+    KINDS,
+    SCHEMES,
+    Scene,
+    do_without_the_extension,
+    fork_with_all_held,
+)
 
 pytestmark = [
     pytest.mark.long,
@@ -21,7 +27,8 @@ FORKS = int(os.environ.get("FORKS", "1000"))
 
 
 @pytest.fixture
-def scene(kind: str, scheme: str) -> Iterator[Scene]:
+def scene(kind: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    do_without_the_extension(monkeypatch)
     made = Scene(kind, scheme)
     yield made
     made.close()

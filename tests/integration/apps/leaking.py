@@ -173,9 +173,15 @@ def _inside(where: str, found: Any, sizes: Counter[str]) -> list[tuple[str, Any]
         cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
         more = [(f"{name}.{key}", value) for key, value in vars(inner).items()]
         return [*((f"{name}.{variable}", cell) for variable, cell in cells), *more]
+    if isinstance(found, types.BuiltinFunctionType) and not isinstance(
+        found.__self__, types.ModuleType
+    ):
+        return [(where, found.__self__)]
     if not str(kind.__module__).startswith(OWNERS):
         return []
     name = kind.__qualname__
+    if kind.__module__ == "celery_influx._speedups":
+        return [(name, held) for held in gc.get_referents(found) if not isinstance(held, type)]
     held = list(getattr(found, "__dict__", {}).items())
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
