@@ -99,6 +99,7 @@ static void fill_treatments(void)
     for (int of = MEASUREMENT; of <= NAME; of++) {
         memset(treatment[of], TOO_RARE, 0x20);
         treatment[of]['\\'] = TOO_RARE;
+        treatment[of]['#'] = TOO_RARE; /* a comment; and "#!~" parts series from fields in files */
         treatment[of][','] = treatment[of][' '] = ESCAPED;
     }
     treatment[NAME]['='] = ESCAPED;
@@ -159,17 +160,12 @@ static int put_text(Line *line, PyObject *text, int what)
     return DONE;
 }
 
-/* A measurement, a key or a tag's value. InfluxDB's own names begin with an underscore, a comment
-with #, and "#!~" parts series from fields in its files: Python knows which of these go. */
+/* A measurement, a key or a tag's value. */
 static int put_name(Line *line, PyObject *name, int what)
 {
-    Py_ssize_t begin = line->length;
     if (!PyUnicode_CheckExact(name) || PyUnicode_GET_LENGTH(name) == 0)
         return RARE;
-    int came = put_text(line, name, what);
-    if (came == DONE && memchr(line->text + begin, '#', (size_t)(line->length - begin)) != NULL)
-        return RARE;
-    return came;
+    return put_text(line, name, what);
 }
 
 static int put_key(Line *line, PyObject *key)
@@ -187,58 +183,37 @@ static int put_key(Line *line, PyObject *key)
 
 static void put_integer(Line *line, long long value)
 {
+    static const char pairs[] =
+        "00010203040506070809101112131415161718192021222324252627282930313233343536373839"
+        "40414243444546474849505152535455565758596061626364656667686970717273747576777879"
+        "8081828384858687888990919293949596979899";
     char digits[LONGEST_NUMBER], *first = digits + sizeof digits;
     unsigned long long rest = value < 0 ? -(unsigned long long)value : (unsigned long long)value;
-    do
-        *--first = (char)('0' + rest % 10);
-    while (rest /= 10);
+    while (rest >= 100) {
+        first -= 2;
+        memcpy(first, pairs + 2 * (rest % 100), 2);
+        rest /= 100;
+    }
+    if (rest >= 10) {
+        first -= 2;
+        memcpy(first, pairs + 2 * rest, 2);
+    } else {
+        *--first = (char)('0' + rest);
+    }
     if (value < 0)
         *--first = '-';
     put_bytes(line, first, digits + sizeof digits - first);
 }
 
 /* _shortest.cpp */
-int celery_influx_digits(double value, char *digits, int *exponent);
+int celery_influx_repr(double value, char *text);
 
-/* As repr() does: with an exponent below 1e-4 and from 1e16 on. */
 static int put_float(Line *line, double value)
 {
-    char digits[LONGEST_NUMBER];
-    int exponent, count;
-    if (signbit(value)) {
-        put(line, '-');
-        value = -value;
-    }
-    if (value == 0.0) {
-        put_bytes(line, "0.0", 3);
-        return DONE;
-    }
-    count = celery_influx_digits(value, digits, &exponent);
-    if (count < 0)
+    int length = celery_influx_repr(value, line->text + line->length);
+    if (length < 0)
         return BROKEN;
-    if (exponent < -4 || exponent >= 16) {
-        put(line, digits[0]);
-        if (count > 1) {
-            put(line, '.');
-            put_bytes(line, digits + 1, count - 1);
-        }
-        put_bytes(line, exponent < 0 ? "e-" : "e+", 2);
-        int power = exponent < 0 ? -exponent : exponent;
-        if (power < 10)
-            put(line, '0');
-        put_integer(line, power);
-    } else if (exponent < 0) {
-        put_bytes(line, "0.000", 1 - exponent);
-        put_bytes(line, digits, count);
-    } else {
-        for (int i = 0; i <= exponent || i <= count - 1; i++) {
-            if (i == exponent + 1)
-                put(line, '.');
-            put(line, i < count ? digits[i] : '0');
-        }
-        if (count <= exponent + 1)
-            put_bytes(line, ".0", 2);
-    }
+    line->length += length;
     return DONE;
 }
 
@@ -482,7 +457,7 @@ static int put_point(
         !(tags == Py_None || PyDict_CheckExact(tags)))
         return RARE;
     if (PyUnicode_GET_LENGTH(measurement) && PyUnicode_READ_CHAR(measurement, 0) == '_')
-        return RARE;
+        return RARE; /* may be one of InfluxDB's own */
     came = put_name(line, measurement, MEASUREMENT);
     if (came)
         return came;

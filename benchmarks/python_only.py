@@ -1,0 +1,31 @@
+"""Both implementations in one process, so that one run measures them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from celery_influx import database, line_protocol, plugin
+from celery_influx.buffer import Buffer
+from celery_influx.stamps import Stamps
+
+_PARTS = {
+    (database, "extension"): None,
+    (line_protocol, "extension"): None,
+    (database, "make_buffer"): Buffer,
+    (database, "make_stamps"): Stamps,
+    (plugin, "make_stamps"): Stamps,
+}
+
+
+@contextmanager
+def python_only() -> Iterator[None]:
+    """What is opened within does without the extension, for as long as it is open."""
+    before = {(module, name): getattr(module, name) for module, name in _PARTS}
+    for (module, name), value in _PARTS.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name), value in before.items():
+            setattr(module, name, value)

@@ -1,0 +1,164 @@
+"""What a run of a task costs in its own process: Celery's tracer, with and without the plugin.
+
+The signals' receivers are what the plugin and its peers add to each task of a worker. Each variant
+runs the same no-op task through Celery's own tracer, in one process, with its receivers connected
+only while it is measured; ours write the point into the buffer of this process. Counted is the CPU
+time of the thread that runs the tasks.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from celery import Celery, signals
+from celery.app.trace import build_tracer
+from opentelemetry import trace as api
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+
+import celery_influx.line_protocol
+from benchmarks.python_only import python_only
+from benchmarks.sink import Sink
+from benchmarks.table import Table, ratios, rotated, verdict
+from celery_influx import signals as ours
+
+HOST = "celery@benchmark"
+RECEIVERS = ((signals.task_prerun, ours._on_start), (signals.task_postrun, ours._on_end))
+Variant = Callable[[], Any]
+
+
+def run(rounds: int = 40, size: int = 2_000) -> None:
+    """Measure and print; ``size`` tasks per variant and round."""
+    sink = Sink()
+    sink.drain()
+    with ExitStack() as stack:
+        variants = {
+            "bare": (_app("bare"), _nothing),
+            "bare, again": (_app("again"), _nothing),
+            "two empty receivers": (_app("empty"), _empty),
+            "celery_influx": (_plugged("c", sink.port, stack), _connected),
+            "opentelemetry": (_app("opentelemetry"), _opentelemetry),
+        }
+        if celery_influx.line_protocol.implementation == "c":
+            with python_only():
+                variants["celery_influx, Python only"] = (
+                    _plugged("python", sink.port, stack),
+                    _connected,
+                )
+        figures: dict[str, list[float]] = {name: [] for name in variants}
+        for turn in range(rounds + 2):
+            for name in rotated(list(variants), turn):
+                app, connected = variants[name]
+                with connected():
+                    figures[name].append(_round(app, size))
+                if hasattr(app, "influx"):
+                    app.influx.flush(30)
+    sink.stop()
+    _table({name: found[2:] for name, found in figures.items()}).show()  # the first ones warm up
+
+
+def _app(name: str) -> Celery:
+    app = Celery(name, broker="memory://", set_as_current=False)
+    app.conf.task_ignore_result = True
+    app.task(name=f"{name}.noop", shared=False)(_noop)
+    app.finalize()
+    return app
+
+
+def _noop() -> None:
+    """What is measured."""
+
+
+def _plugged(name: str, port: int, stack: ExitStack) -> Celery:
+    app = _app(name)
+    app.conf.influx_databases = {"metrics": f"udp://127.0.0.1:{port}"}
+    influx = celery_influx.install(app)
+    for signal, receiver in RECEIVERS:
+        signal.disconnect(dispatch_uid=f"celery_influx.{receiver.__name__}")
+    influx.start()
+    stack.callback(influx.close)
+    return app
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _connect(*pairs: tuple[Any, Callable[..., None]]) -> Iterator[None]:
+    for signal, receiver in pairs:
+        signal.connect(receiver, weak=False, dispatch_uid=receiver)
+    yield
+    for signal, receiver in pairs:
+        signal.disconnect(dispatch_uid=receiver)
+
+
+def _connected() -> Any:
+    return _connect(*RECEIVERS)
+
+
+def _empty() -> Any:
+    def nothing(**_: object) -> None:
+        pass
+
+    return _connect((signals.task_prerun, nothing), (signals.task_postrun, nothing))
+
+
+@contextmanager
+def _opentelemetry() -> Iterator[None]:
+    CeleryInstrumentor().instrument(tracer_provider=PROVIDER)
+    yield
+    CeleryInstrumentor().uninstrument()
+
+
+PROVIDER = TracerProvider()  # makes spans and exports none, which is cheaper than any use of it
+api.set_tracer_provider(PROVIDER)
+
+
+def _round(app: Celery, size: int) -> float:
+    """µs of CPU of a task, by this thread."""
+    (name,) = (name for name in app.tasks if name.endswith(".noop"))
+    tracer = build_tracer(name, app.tasks[name], app=app, hostname=HOST)
+    published = time.time_ns()
+    request = {
+        "hostname": HOST,
+        "delivery_info": {"exchange": "", "routing_key": "celery", "redelivered": False},
+        "retries": 0,
+        "is_eager": False,
+        "ignore_result": True,
+        "celery_influx": f"1;{published};{published}",
+    }
+    requests = [{**request, "id": str(uuid.uuid4())} for _ in range(size)]
+    before = time.thread_time()
+    for each in requests:
+        tracer(each["id"], (), {}, each)
+    return (time.thread_time() - before) / size * 1e6
+
+
+def _table(figures: dict[str, list[float]]) -> Table:
+    table = Table("`task`: CPU added to a run, its own thread", "µs", "ours / this")
+    bare = figures.pop("bare")
+
+    def added(found: list[float]) -> list[float]:
+        return [this - that for this, that in zip(found, bare, strict=True)]
+
+    mine = added(figures["celery_influx"])
+    for name, found in figures.items():
+        table.add(name, added(found), [] if "again" in name else ratios(mine, added(found)))
+    table.notes = [
+        verdict("µs added", mine, 9),
+        verdict(
+            "of opentelemetry's", ratios(mine, added(figures["opentelemetry"])), 1 / 6
+        ),
+        *(
+            [verdict("µs added, Python only", added(figures["celery_influx, Python only"]), 13)]
+            if "celery_influx, Python only" in figures
+            else []
+        ),
+    ]
+    return table
