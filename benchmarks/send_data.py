@@ -14,8 +14,11 @@ from itertools import pairwise
 
 from datadog.dogstatsd.base import DogStatsd
 from influxdb_client import Point as ClientPoint
+from questdb.ingress import Buffer as QuestBuffer
+from questdb.ingress import TimestampNanos
 from statsd import StatsClient
 
+from benchmarks.python_only import python_only
 from benchmarks.sink import Sink
 from benchmarks.table import Table, ratios, rotated, verdict
 from celery_influx import Database, Point, decode
@@ -28,6 +31,7 @@ NOTES = """
 Ours: Database.send_data to the end of flush: buffer, batcher thread, UDP to a socket that another \
 process reads; datagrams of 65,507 bytes where nothing is said.
 influxdb-client: Point(...).tag(...)...to_line_protocol() and no more: no batching, no sending.
+QuestDB: Buffer.row(...) and no more, in the text form of its protocol; its encoder is in Rust.
 datadog: DogStatsd(host, port), and with disable_buffering=False; gauge, gauge, set. No stamps.
 statsd: StatsClient(host, port); it has no tags, so their values go into the names. No stamps. \
 The pipeline sends datagrams of 512 bytes.
@@ -43,14 +47,18 @@ def run(rounds: int = 15, size: int = 20_000) -> None:
         _check(clients, sink)
         sink.drain()
         figures: dict[str, list[float]] = {name: [] for name in clients}
+        callers: dict[str, list[float]] = {name: [] for name in clients}
         for turn in range(rounds + 1):
             for name in rotated(list(clients), turn):
                 kind = next((kind for kind in floats if kind in name), "short floats")
-                before = time.process_time()
+                before, caller = time.process_time(), time.thread_time()
                 clients[name](floats[kind])
+                callers[name].append((time.thread_time() - caller) / size * 1e6)
                 figures[name].append((time.process_time() - before) / size * 1e6)
     sink.stop()
-    _table({name: found[1:] for name, found in figures.items()}).show()  # the first warms up
+    # The first round warms up.
+    _table({name: found[1:] for name, found in figures.items()}).show()
+    _callers({name: found[1:] for name, found in callers.items()}).show()
 
 
 def _floats(size: int) -> dict[str, list[float]]:
@@ -70,6 +78,9 @@ def _clients(port: int) -> Iterator[dict[str, Run]]:
         Database(DatabaseOptions(host="127.0.0.1", udp_port=port, datagram_bytes=size))
         for size in (65_507, 1_432)
     )
+    with python_only():
+        python = Database(DatabaseOptions(host="127.0.0.1", udp_port=port))
+        python.send_data(Point("warm", {"f": 1}))
     datadog = DogStatsd("127.0.0.1", port)
     buffered = DogStatsd("127.0.0.1", port, disable_buffering=False)
     statsd = StatsClient("127.0.0.1", port)
@@ -77,11 +88,17 @@ def _clients(port: int) -> Iterator[dict[str, Run]]:
         "celery_influx, Point, short floats": _ours(large),
         "celery_influx, Point, clock floats": _ours(large),
         "celery_influx, Point, 17-digit floats": _ours(large),
+        "celery_influx, Point, clock floats, Python only": _ours(python),
         "celery_influx, dict": _ours_by_dict(large),
         "celery_influx, Point, datagrams of 1,432": _ours(small),
         "influxdb-client, Point to line only, short floats": _influxdb_client,
         "influxdb-client, Point to line only, clock floats": _influxdb_client,
         "influxdb-client, Point to line only, 17-digit floats": _influxdb_client,
+        "QuestDB, Buffer.row only, short floats": _questdb,
+        "QuestDB, Buffer.row only, clock floats": _questdb,
+        "QuestDB, Buffer.row only, 17-digit floats": _questdb,
+        "the dicts alone": _dicts,
+        "the dicts and the Point": _points,
         "datadog, default, 3 calls": _datadog(datadog),
         "datadog, buffered, 3 calls": _datadog(buffered),
         "datadog, default, 1 call (1 field of 3)": _datadog_one_field(datadog),
@@ -89,7 +106,7 @@ def _clients(port: int) -> Iterator[dict[str, Run]]:
         "statsd, 3 calls, tags in the name": _statsd(statsd),
         "statsd, pipeline, 3 calls, tags in the name": _statsd_pipeline(statsd),
     }
-    for database in (large, small):
+    for database in (large, small, python):
         database.close()
         stats = database.stats()
         if stats["sent"] != stats["points"]:
@@ -135,6 +152,40 @@ def _ours_by_dict(database: Database) -> Run:
         database.flush(30)
 
     return run
+
+
+def _dicts(floats: list[float]) -> None:
+    for i, value in enumerate(floats):
+        (
+            {"runtime": value, "size": i, "note": "ok"},
+            {"path": PATHS[i & 15], "method": "GET", "status": STATUSES[i & 3], "zone": "eu-west"},
+        )
+
+
+def _points(floats: list[float]) -> None:
+    for i, value in enumerate(floats):
+        Point(
+            "requests",
+            {"runtime": value, "size": i, "note": "ok"},
+            {"path": PATHS[i & 15], "method": "GET", "status": STATUSES[i & 3], "zone": "eu-west"},
+        )
+
+
+def _questdb(floats: list[float]) -> bytes:
+    buffer = QuestBuffer(protocol_version=1)
+    for i, value in enumerate(floats):
+        buffer.row(
+            "requests",
+            symbols={
+                "path": PATHS[i & 15],
+                "method": "GET",
+                "status": STATUSES[i & 3],
+                "zone": "eu-west",
+            },
+            columns={"runtime": value, "size": i, "note": "ok"},
+            at=TimestampNanos.now(),
+        )
+    return bytes(buffer)
 
 
 def _influxdb_client(floats: list[float]) -> None:
@@ -206,6 +257,11 @@ def _check(clients: dict[str, Run], sink: Sink) -> None:
         if client is _influxdb_client:
             _check_line(name, _client_line(0, 0.25).encode())
             continue
+        if client is _questdb:
+            _check_line(name, _questdb([0.25]).strip())
+            continue
+        if client in (_dicts, _points):
+            continue
         one_field = "1 call" in name
         client([0.25])
         metrics: dict[str, str] = {}
@@ -252,3 +308,38 @@ def _table(figures: dict[str, list[float]]) -> Table:
         *NOTES,
     ]
     return table
+
+
+def _callers(figures: dict[str, list[float]]) -> Table:
+    """Of the thread that calls: what a task or a request waits for."""
+    table = Table("`send_data`: CPU of a point, the calling thread", "µs", "this / ours")
+    for name, found in figures.items():
+        kind = next((kind for kind in ("clock", "17-digit") if kind in name), "")
+        if kind or name.startswith("the dicts"):
+            ours = figures[f"celery_influx, Point, {kind or 'clock'} floats"]
+            table.add(name, found, ratios(found, ours))
+    calls = {name: _without(found, figures["the dicts alone"]) for name, found in figures.items()}
+    for kind, bound in (("clock", 1.9), ("17-digit", 1.0)):
+        row = calls[f"QuestDB, Buffer.row only, {kind} floats"]
+        ours = _without(
+            figures[f"celery_influx, Point, {kind} floats"], figures["the dicts and the Point"]
+        )
+        table.notes.append(
+            verdict(
+                f"Buffer.row / send_data, the call alone, {kind} floats",
+                ratios(row, ours),
+                bound,
+                least=True,
+            )
+        )
+    python = figures["celery_influx, Point, clock floats, Python only"]
+    client = figures["influxdb-client, Point to line only, clock floats"]
+    table.notes.append(
+        verdict("influxdb-client / Python only", ratios(client, python), 3, least=True)
+    )
+    return table
+
+
+def _without(found: list[float], part: list[float]) -> list[float]:
+    """What is left of each round's figure."""
+    return [this - that for this, that in zip(found, part, strict=True)]

@@ -102,6 +102,7 @@ PACKAGES = (
     "influxdb-client",
     "datadog",
     "statsd",
+    "questdb",
     "opentelemetry-sdk",
     "opentelemetry-instrumentation-celery",
 )

@@ -152,9 +152,7 @@ def _table(figures: dict[str, list[float]]) -> Table:
         table.add(name, added(found), [] if "again" in name else ratios(mine, added(found)))
     table.notes = [
         verdict("µs added", mine, 9),
-        verdict(
-            "of opentelemetry's", ratios(mine, added(figures["opentelemetry"])), 1 / 6
-        ),
+        verdict("of opentelemetry's", ratios(mine, added(figures["opentelemetry"])), 1 / 6),
         *(
             [verdict("µs added, Python only", added(figures["celery_influx, Python only"]), 13)]
             if "celery_influx, Python only" in figures

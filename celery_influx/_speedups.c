@@ -8,9 +8,12 @@ is one rule, and this file holds none that Python does not. What must hold here,
   comparing is C's. The clock, `on_left_out` and the Python encoder, which are Python's, are called
   when nothing of the point is being walked through; the line begun is on this call's own stack, so
   that they may send points themselves, raise, or be interrupted by a signal's handler.
-- The encoder keeps nothing between calls and shares nothing: any number of threads and
-  sub-interpreters may encode at once. Without the interpreter's lock (3.13t) dicts are walked
-  through in a critical section, and buffers and stamps are used in one.
+- The interpreter's lock is the only one. A free-threaded Python (3.13t) switches it on for us, as
+  for every extension that does not ask it not to: the account in shared memory needs it, too.
+- The module has no state but its types, each interpreter its own; sub-interpreters with locks of
+  their own may use it side by side.
+- What is made here never changes after it is made, but a buffer, which holds bytes only: so none of
+  it needs to break a cycle of references, and nothing is ever called half taken apart.
 - Every reference to what a point holds is borrowed from the point, which the caller holds, inside
   of one walk. */
 
@@ -21,11 +24,6 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
-
-#ifndef Py_BEGIN_CRITICAL_SECTION
-#define Py_BEGIN_CRITICAL_SECTION(object) {
-#define Py_END_CRITICAL_SECTION() }
-#endif
 
 /* As in line_reader.py. */
 #define MAX_LENGTH 65535
@@ -56,7 +54,7 @@ static void line_end(Line *line)
         PyMem_Free(line->text);
 }
 
-/* Make room for so many bytes more. A line that is too long is rare long before it is large. */
+/* Make room for so many bytes more. */
 static int line_room(Line *line, Py_ssize_t more)
 {
     if (more <= line->capacity - line->length)
@@ -247,11 +245,9 @@ static int next_stamp(Stamps *self, long long *stamp)
     }
     long long rest = now % SLOTS;
     now += self->slot - rest - (rest < 0 ? SLOTS : 0);
-    Py_BEGIN_CRITICAL_SECTION(self);
     if (now <= self->last && self->last < now + PUT_BACK)
         now = self->last + SLOTS;
     self->last = now;
-    Py_END_CRITICAL_SECTION();
     *stamp = now;
     return 0;
 }
@@ -286,17 +282,11 @@ static int stamps_traverse(Stamps *self, visitproc visit, void *arg)
     return 0;
 }
 
-static int stamps_clear(Stamps *self)
-{
-    Py_CLEAR(self->clock);
-    return 0;
-}
-
 static void stamps_dealloc(Stamps *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    stamps_clear(self);
+    Py_XDECREF(self->clock);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
@@ -310,7 +300,6 @@ static PyType_Slot stamps_slots[] = {
     {Py_tp_new, stamps_new},
     {Py_tp_call, stamps_call},
     {Py_tp_traverse, stamps_traverse},
-    {Py_tp_clear, stamps_clear},
     {Py_tp_dealloc, stamps_dealloc},
     {Py_tp_members, stamps_members},
     {0, NULL},
@@ -397,6 +386,8 @@ static int put_fields(Line *line, PyObject *fields, Py_ssize_t *left_out)
     char separator = ' ';
     while (PyDict_Next(fields, &place, &key, &value)) {
         Py_ssize_t before = line->length;
+        if (before > MAX_LENGTH)
+            return RARE;
         if (!PyUnicode_CheckExact(key) || PyUnicode_GET_LENGTH(key) == 0)
             return RARE;
         if (PyUnicode_READ_CHAR(key, 0) == '_')
@@ -434,9 +425,6 @@ static int put_fields(Line *line, PyObject *fields, Py_ssize_t *left_out)
                     return BROKEN;
                 put(line, '"');
             }
-        } else if (value == Py_None) {
-            line->length = before;
-            continue;
         } else {
             return RARE;
         }
@@ -466,15 +454,11 @@ static int put_point(
         return BROKEN;
     put_bytes(line, PyBytes_AS_STRING(self->constant_text), size);
     if (tags != Py_None) {
-        Py_BEGIN_CRITICAL_SECTION(tags);
         came = put_tags(self, line, tags);
-        Py_END_CRITICAL_SECTION();
         if (came)
             return came;
     }
-    Py_BEGIN_CRITICAL_SECTION(fields);
     came = put_fields(line, fields, left_out);
-    Py_END_CRITICAL_SECTION();
     return came;
 }
 
@@ -502,7 +486,7 @@ static int put_time(Encoder *self, Line *line, PyObject *timestamp)
     return overflow ? RARE : put_ns(self, line, time);
 }
 
-/* The line of a point, and the time that it has or is given: RARE before any clock was asked. */
+/* The line of a point, and the time that it has or is given. `way`: who has the word if it is RARE. */
 static int put_all(Encoder *self, Line *line, PyObject *point, Py_ssize_t *left_out, PyObject **way)
 {
     *way = self->encode;
@@ -512,6 +496,8 @@ static int put_all(Encoder *self, Line *line, PyObject *point, Py_ssize_t *left_
     int came = put_point(
         self, line, PyTuple_GET_ITEM(point, 0), PyTuple_GET_ITEM(point, 1),
         PyTuple_GET_ITEM(point, 2), left_out);
+    if (came == DONE && line->length > MAX_LENGTH - LONGEST_NUMBER)
+        came = RARE; /* it may become too long */
     PyObject *timestamp = PyTuple_GET_ITEM(point, 3);
     if (came == DONE && timestamp != Py_None) {
         came = put_time(self, line, timestamp);
@@ -534,7 +520,7 @@ static int put_all(Encoder *self, Line *line, PyObject *point, Py_ssize_t *left_
             came = BROKEN;
         }
     }
-    return came == DONE && line->length > MAX_LENGTH ? RARE : came;
+    return came;
 }
 
 static PyObject *encode(PyObject *arg, PyObject *point)
@@ -571,29 +557,22 @@ static int encoder_traverse(Encoder *self, visitproc visit, void *arg)
     return 0;
 }
 
-static int encoder_clear(Encoder *self)
-{
-    Py_CLEAR(self->constant);
-    Py_CLEAR(self->constant_text);
-    Py_CLEAR(self->clock);
-    Py_CLEAR(self->on_left_out);
-    Py_CLEAR(self->encode);
-    Py_CLEAR(self->slow);
-    return 0;
-}
-
 static void encoder_dealloc(Encoder *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    encoder_clear(self);
+    Py_XDECREF(self->constant);
+    Py_XDECREF(self->constant_text);
+    Py_XDECREF(self->clock);
+    Py_XDECREF(self->on_left_out);
+    Py_XDECREF(self->encode);
+    Py_XDECREF(self->slow);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
 static PyType_Slot encoder_slots[] = {
     {Py_tp_traverse, encoder_traverse},
-    {Py_tp_clear, encoder_clear},
     {Py_tp_dealloc, encoder_dealloc},
     {0, NULL},
 };
@@ -619,6 +598,7 @@ typedef struct {
     PyObject_HEAD
     PyObject **ring;
     Py_ssize_t size, first, count; /* size is a power of two */
+    int called; /* somebody was, to take, and has not yet: once is enough */
     long long max_lines, max_bytes, bytes, put_lines, taken, dropped;
 } Buffer;
 
@@ -692,7 +672,6 @@ static PyObject *buffer_put(Buffer *self, PyObject *lines)
         return NULL;
     Py_ssize_t count = PySequence_Fast_GET_SIZE(found), dropped = 0;
     int wrong = 0;
-    Py_BEGIN_CRITICAL_SECTION(self);
     for (Py_ssize_t i = 0; i < count && !wrong; i++) {
         PyObject *line = PySequence_Fast_GET_ITEM(found, i);
         if (PyBytes_CheckExact(line))
@@ -703,7 +682,6 @@ static PyObject *buffer_put(Buffer *self, PyObject *lines)
         }
     }
     dropped = buffer_limit(self);
-    Py_END_CRITICAL_SECTION();
     Py_DECREF(found);
     return wrong ? NULL : PyLong_FromSsize_t(dropped);
 }
@@ -718,13 +696,12 @@ static PyObject *buffer_take(Buffer *self, PyObject *args)
         return NULL;
     long long room = max_bytes + 1, too_long = 0;
     int wrong = 0;
-    Py_BEGIN_CRITICAL_SECTION(self);
     while (self->count && PyList_GET_SIZE(taken) < max_lines) {
         PyObject *line = self->ring[self->first];
         if (size_of(line) <= room) {
             wrong = PyList_Append(taken, line);
             if (wrong)
-                break;
+                break; /* the line stays */
             room -= size_of(line);
         } else if (size_of(line) <= max_bytes + 1) {
             break;
@@ -734,25 +711,25 @@ static PyObject *buffer_take(Buffer *self, PyObject *args)
         Py_DECREF(buffer_pop(self));
     }
     self->taken += PyList_GET_SIZE(taken) + too_long;
+    self->called = 0;
     buffer_rest(self);
-    Py_END_CRITICAL_SECTION();
-    if (wrong) {
+    if (wrong && PyList_GET_SIZE(taken) == 0) {
         Py_DECREF(taken);
         return NULL;
     }
+    PyErr_Clear();
     return Py_BuildValue("NL", taken, too_long);
 }
 
 static PyObject *buffer_clear(Buffer *self, PyObject *none)
 {
     Py_ssize_t dropped;
-    Py_BEGIN_CRITICAL_SECTION(self);
     dropped = self->count;
     while (self->count)
         Py_DECREF(buffer_pop(self));
     self->dropped += dropped;
+    self->called = 0;
     buffer_rest(self);
-    Py_END_CRITICAL_SECTION();
     return PyLong_FromSsize_t(dropped);
 }
 
@@ -842,7 +819,7 @@ typedef struct {
     long long due_lines, due_bytes;
 } Sender;
 
-static PyObject *send(PyObject *arg, PyObject *point)
+static PyObject *send_point(PyObject *arg, PyObject *point)
 {
     Sender *self = (Sender *)arg;
     Encoder *encoder = (Encoder *)self->encoder;
@@ -859,22 +836,26 @@ static PyObject *send(PyObject *arg, PyObject *point)
     }
     line_end(&line);
     if (came == BROKEN)
-        return NULL;
+        PyErr_Clear(); /* no memory: Python meets it again, and counts it */
     if (bytes == NULL)
         return PyObject_CallOneArg(self->send, point);
     int due, wrong;
-    Py_BEGIN_CRITICAL_SECTION(buffer);
     wrong = buffer_append(buffer, bytes);
     if (!wrong)
         *(uint64_t *)self->points.buf += 1;
     dropped = buffer_limit(buffer);
-    due = buffer->bytes >= self->due_bytes || buffer->count >= self->due_lines;
-    Py_END_CRITICAL_SECTION();
+    due = !buffer->called &&
+          (buffer->bytes >= self->due_bytes || buffer->count >= self->due_lines);
+    if (due)
+        buffer->called = 1;
     if (wrong)
         return NULL;
     if (!dropped && !due)
         Py_RETURN_NONE;
-    return PyObject_CallFunction(self->wake, "n", dropped);
+    PyObject *none = PyObject_CallFunction(self->wake, "n", dropped);
+    if (none == NULL)
+        buffer->called = 0;
+    return none;
 }
 
 static int sender_traverse(Sender *self, visitproc visit, void *arg)
@@ -888,28 +869,21 @@ static int sender_traverse(Sender *self, visitproc visit, void *arg)
     return 0;
 }
 
-static int sender_clear(Sender *self)
-{
-    Py_CLEAR(self->encoder);
-    Py_CLEAR(self->buffer);
-    Py_CLEAR(self->send);
-    Py_CLEAR(self->wake);
-    PyBuffer_Release(&self->points);
-    return 0;
-}
-
 static void sender_dealloc(Sender *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    sender_clear(self);
+    Py_XDECREF(self->encoder);
+    Py_XDECREF(self->buffer);
+    Py_XDECREF(self->send);
+    Py_XDECREF(self->wake);
+    PyBuffer_Release(&self->points);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
 static PyType_Slot sender_slots[] = {
     {Py_tp_traverse, sender_traverse},
-    {Py_tp_clear, sender_clear},
     {Py_tp_dealloc, sender_dealloc},
     {0, NULL},
 };
@@ -921,7 +895,7 @@ static PyType_Spec sender_spec = {
     .slots = sender_slots,
 };
 
-static PyMethodDef send_def = {"send", send, METH_O, "Queue a point, as Database's _send."};
+static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Database's _send."};
 
 /* -- the module ---------------------------------------------------------------------------------- */
 
@@ -965,8 +939,9 @@ static PyObject *sender(PyObject *module, PyObject *args)
         return NULL;
     PyObject *encoder = PyCFunction_GET_SELF(encode);
     if (encoder == NULL || Py_TYPE(encoder) != state->encoder ||
-        ((Encoder *)encoder)->stamps == NULL) {
-        PyErr_SetString(PyExc_TypeError, "expected an encode of this module, with its Stamps");
+        ((Encoder *)encoder)->stamps == NULL ||
+        ((Encoder *)encoder)->stamps->clock != Py_None) {
+        PyErr_SetString(PyExc_TypeError, "expected an encode of this module, with its own clock");
         return NULL;
     }
     Sender *self = (Sender *)state->sender->tp_alloc(state->sender, 0);
@@ -1042,9 +1017,6 @@ static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, module_exec},
 #ifdef Py_mod_multiple_interpreters
     {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
-#endif
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif
     {0, NULL},
 };

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from celery_influx.batcher import Batcher
@@ -352,6 +353,7 @@ class Database:
             try:
                 self._transport = self._transport or open_transport(self.options)
                 delivery = Delivery(self.name, self._transport, self._counters, self._report)
+                quickest = self._quickest()
                 self._batcher = Batcher(
                     self.name,
                     self._buffer,
@@ -361,14 +363,20 @@ class Database:
                     batch_size=self.options.batch_size,
                     flush_interval=self.options.flush_interval,
                 )
+                # With no call in between, and so no signal's handler that may close it.
+                self._accept = quickest
             finally:
                 self._opening = False
-            self._accept = self._quickest()
 
     def _quickest(self) -> Callable[[Point], None]:
         """``_send``, or what does the same in C; that knows no relay, and no start of a batcher."""
         buffer, stamps = self._buffer, self._stamps
-        if extension is None or self._put != self._put_own or type(stamps) is Stamps:
+        if (
+            extension is None
+            or self._put != self._put_own
+            or type(stamps) is Stamps
+            or isinstance(self._encode, FunctionType)
+        ):
             return self._send
         points = self._counters[POINTS : POINTS + 1]
         quick: Callable[[Point], None] = extension.sender(
@@ -402,12 +410,12 @@ class Database:
         self._forget()
 
     def _forget(self) -> None:
+        self._accept = self._send if self._enabled else _ignore
         self._batcher = None
         self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger, passing=self._passing)
         self._unrelayed = 0
         self._relay_end = None
-        self._accept = self._send if self._enabled else _ignore
         self._starting = threading.RLock()
         self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
@@ -462,14 +470,14 @@ class Database:
 
     def _after_put(self, dropped: int) -> None:
         """The buffer is full, or there is enough in it for a batch."""
+        batcher = self._batcher
+        if batcher:
+            batcher.wake()
         if dropped:
             self._counters[DROPPED] += dropped
             self._report.warn(
                 "full", "%s: the buffer is full: dropped the oldest %d lines", self.name, dropped
             )
-        batcher = self._batcher
-        if batcher:
-            batcher.wake()
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {self.address} started={self._batcher is not None}>"

@@ -197,6 +197,7 @@ class DatabaseOptions:
         "Most bytes that wait; when full, the oldest line is dropped and counted.",
         unit="bytes",
         at_least=1_024,
+        at_most=1_000_000_000_000,
     )
     flush_interval: float = option(
         1.0,

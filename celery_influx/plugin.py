@@ -210,10 +210,11 @@ class Influx:
             runs = Runs(self.write_run, patience)
             relay = Relay(self._take_relayed, self._count_broken, runs)
         self._worker = _Worker(hostname, Counters(len(databases), SLOTS if relay else 1), relay)
-        for number, database in enumerate(databases.values()):
-            self._worker.counters.add(number, early.get(database.name, {}))
-            database.begin_anew()
-        self._settled = False
+        with self._lock:  # a point that comes in between waits, and finds all anew
+            for number, database in enumerate(databases.values()):
+                self._worker.counters.add(number, early.get(database.name, {}))
+                database.begin_anew()
+            self._settled = False
 
     def start(self) -> None:
         """In a worker: start each database's batcher, and the reader of the relay."""

@@ -27,6 +27,7 @@ SETTINGS: list[tuple[dict[str, str], int, bool]] = [
     ({"host": "web 1", "worker": "celery@web"}, 1, True),
     ({"a": "1", "é": "ü"}, 1_000_000_000, True),
     ({"worker": "w"}, 1_000, False),
+    ({"dir": "c:\\x", "a": "1"}, 1, True),
 ]
 
 

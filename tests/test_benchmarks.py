@@ -33,6 +33,7 @@ def test_send_data_is_measured_beside_every_peer():
     pytest.importorskip("datadog")
     pytest.importorskip("statsd")
     pytest.importorskip("influxdb_client")
+    pytest.importorskip("questdb")
 
     output = run("send_data", "--rounds", "2", "--size", "50")
 
@@ -42,6 +43,16 @@ def test_send_data_is_measured_beside_every_peer():
     assert "statsd, pipeline" in names
     assert re.search(r"µs a point: [0-9.]+, bound ≤ 5: (kept|NOT KEPT)", output)
     assert re.search(r"celery \d.*influxdb-client \d.*datadog \d.*statsd \d", output)
+
+
+def test_a_task_is_measured_beside_opentelemetry():
+    pytest.importorskip("opentelemetry.instrumentation.celery")
+
+    output = run("task", "--rounds", "2", "--size", "20")
+
+    for name in ("bare, again", "two empty receivers", "celery_influx", "opentelemetry"):
+        assert name in rows(output)
+    assert re.search(r"µs added: -?[0-9.]+, bound ≤ 9: (kept|NOT KEPT)", output)
 
 
 @pytest.mark.long
@@ -81,4 +92,4 @@ def test_an_unknown_part_is_named_with_those_there_are():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     assert done.returncode == 2
-    assert "no part wroker; expected one of send_data, worker, import" in done.stderr
+    assert "no part wroker; expected one of send_data, task, worker, import" in done.stderr

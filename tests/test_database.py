@@ -190,6 +190,20 @@ def test_constant_tags_are_on_every_point_and_its_own_win(make, server: Server) 
     ]
 
 
+def test_a_constant_tag_with_a_backslash_is_written_and_keeps_nobody_from_starting(
+    make, server: Server
+) -> None:
+    database = make(tags={"dir": "c:\\x"})
+    database.start()
+
+    database.send_data(Point("m", {"f": 1}))
+    assert database.flush(5)
+
+    assert server.points(1) == [
+        Point("m", {"f": 1}, {"dir": "c:\\x"}, server.points(1)[0].timestamp)
+    ]
+
+
 @pytest.mark.parametrize(
     ("precision", "length"), [("ns", 1), ("u", 10**3), ("ms", 10**6), ("s", 10**9)]
 )

@@ -203,6 +203,26 @@ def test_the_clock_and_on_left_out_may_send_points_themselves_and_raise() -> Non
         encode(Point("outer", {"f": 2.5, "n": float("nan"), "i": float("inf")}))
 
 
+def test_a_clock_is_asked_as_often_as_by_python() -> None:
+    """Of a line that becomes too long, among others."""
+    for fields in (
+        {"a": None, "b": "x" * 40_000, "c": "y" * 40_000},
+        {"b": "x" * 65_500},
+        {"a": None, "b": 1.5},
+        {"n": float("nan"), "b": 1.5},
+    ):
+        asked = []
+        for speedups in (None, _speedups):
+            times = iter(range(100))
+            encode = make_encode({}, 1, lambda times=times: next(times), None, speedups)  # type: ignore[misc]
+            try:
+                made: object = encode(Point("m", fields))
+            except Exception as error:
+                made = str(error)
+            asked.append((made, next(times)))
+        assert asked[0] == asked[1]
+
+
 def test_a_value_that_is_no_plain_one_runs_python_with_nothing_begun() -> None:
     """Its ``__str__`` changes the very dicts that are being encoded."""
     tags: dict[str, Any] = {"a": "1"}
@@ -217,6 +237,113 @@ def test_a_value_that_is_no_plain_one_runs_python_with_nothing_begun() -> None:
     tags["b"] = Changing()
     tags["c"] = "3"
     assert Encoder().encode(Point("m", dict(fields), tags, 1)) == b"m,a=1,b=changed,c=3 f=1.5 1"
+
+
+class Way:
+    """From points to a buffer of at most 5 lines, of which 3 are a batch."""
+
+    def __init__(self) -> None:
+        self.buffer = _speedups.Buffer(5, 10_000)
+        self.cells = memoryview(bytearray(8)).cast("Q")
+        self.rare: list[Point] = []
+        self.called: list[int] = []
+        encode = make_encode({}, 1, _speedups.Stamps(1), None, _speedups)
+        self.send = _speedups.sender(
+            encode, self.buffer, self.cells, 3, 10_000, self.rare.append, self.called.append
+        )
+
+    def put(self, count: int) -> None:
+        for number in range(count):
+            self.send(Point("m", {"f": number}))
+
+
+def test_the_batcher_is_called_once_for_a_batch_and_again_after_it_has_taken() -> None:
+    way = Way()
+
+    way.put(2)
+    assert way.called == []
+    way.put(2)
+    assert way.called == [0]
+    assert len(way.buffer.take(10, 10_000)[0]) == 4
+    way.put(2)
+    assert way.called == [0]
+    way.put(1)
+    assert way.called == [0, 0]
+    way.buffer.clear()
+    way.put(3)
+    assert way.called == [0, 0, 0]
+    assert way.cells[0] == 10
+
+
+def test_each_line_that_is_dropped_is_told_and_every_point_is_counted() -> None:
+    way = Way()
+
+    way.put(8)
+    assert way.called == [0, 1, 1, 1]
+    assert (len(way.buffer), way.buffer.dropped, way.cells[0]) == (5, 3, 8)
+
+
+def test_what_is_rare_goes_the_python_way_uncounted() -> None:
+    way = Way()
+    rare = [Point("m", {"f": float("nan"), "g": 1}), Point("m", {}), Point("#", {"f": 1})]
+    for point in rare:
+        way.send(point)
+
+    assert way.rare == rare
+    assert (len(way.buffer), way.cells[0]) == (0, 0)
+
+
+def test_a_call_that_fails_is_made_again() -> None:
+    way = Way()
+    failures = [KeyError("one")]
+
+    def call(dropped: int) -> None:
+        way.called.append(dropped)
+        if failures:
+            raise failures.pop()
+
+    encode = make_encode({}, 1, _speedups.Stamps(1), None, _speedups)
+    way.send = _speedups.sender(encode, way.buffer, way.cells, 3, 10_000, refuse, call)
+    way.put(2)
+    with pytest.raises(KeyError):
+        way.put(1)
+    way.put(1)
+    assert way.called == [0, 0]
+    assert way.cells[0] == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: _speedups.sender(len, _speedups.Buffer(1, 1), bytearray(8), 1, 1, len, len),
+        lambda: _speedups.sender(
+            make_encode({}, 1, _speedups.Stamps(1, lambda: 1), None, _speedups),
+            *(_speedups.Buffer(1, 1), bytearray(8), 1, 1, len, len),
+        ),
+        lambda: _speedups.sender(
+            make_encode({}, 1, _speedups.Stamps(1), None, _speedups),
+            *(_speedups.Buffer(1, 1), b"12345678", 1, 1, len, len),
+        ),
+        lambda: _speedups.sender(
+            make_encode({}, 1, _speedups.Stamps(1), None, _speedups),
+            *(_speedups.Buffer(1, 1), bytearray(7), 1, 1, len, len),
+        ),
+        lambda: _speedups.Buffer(2**70, 1),
+        lambda: _speedups.Stamps("1"),
+    ],
+    ids=[
+        "another encode",
+        "another clock",
+        "cells that cannot be written",
+        "no cell",
+        "limits",
+        "slot",
+    ],
+)
+def test_half_made_parts_are_refused_and_leave_nothing_behind(wrong: Any) -> None:
+    for _ in range(1_000):
+        with pytest.raises((TypeError, ValueError, BufferError, OverflowError)):
+            wrong()
 
 
 def test_threads_encode_at_once_while_others_change_the_dicts() -> None:
