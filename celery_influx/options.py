@@ -222,6 +222,11 @@ class DatabaseOptions:
         at_most=600,
         ex_flux="`http_opts` `timeout` | 5 s | Same; holds for connecting and reading.",
     )
+    gzip: bool = option(
+        False,
+        "Compress what is sent over HTTP: a fifth of the bytes or less, for half as much CPU time "
+        "again. For networks that are slow or paid for.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

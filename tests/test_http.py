@@ -148,6 +148,20 @@ def test_the_registry_makes_the_client_from_options() -> None:
     assert transport.address == "http://localhost:8086/celery"
 
 
+def test_with_gzip_a_body_is_compressed_and_says_so(stub: Stub) -> None:
+    payload = b"\n".join(b"requests,host=web-%d runtime=0.%d" % (i % 4, i) for i in range(1_000))
+
+    assert stub.client(gzip=True).write(payload) == 0
+    assert stub.client().write(payload) == 0
+
+    compressed, plain = stub.asked
+    assert compressed.headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(compressed.body) == payload
+    assert len(compressed.body) < len(payload) / 4
+    assert plain.headers["Content-Encoding"] is None
+    assert plain.body == payload
+
+
 @pytest.mark.parametrize(
     ("options", "address"),
     [

@@ -42,6 +42,7 @@ TAKES = {
     "flush_interval": "seconds greater than 0 and at most 3600",
     "pool_size": "a whole number at least 1 and at most 64",
     "http_timeout": "seconds greater than 0 and at most 600",
+    "gzip": "True or False",
 }
 SETTING_TAKES = {
     "databases": "a mapping",
@@ -473,6 +474,7 @@ def test_every_option_can_be_said_in_a_url() -> None:
         value = {
             int: "1024" if "bytes" in field.name else "7",
             float: "1.5",
+            bool: "True",
             str: (field.metadata["choices"] or ("word",))[-1],
         }[field.metadata["kind"]]
 

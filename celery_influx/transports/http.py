@@ -7,6 +7,7 @@ than its documentation, the comments here do.
 
 from __future__ import annotations
 
+import gzip
 import ipaddress
 import os
 import time
@@ -125,7 +126,13 @@ class HTTPClient:
                 ``"timeout"``, ``"dns"``, ``"tls"``, ``"connection"``, or an errno's name.
         """
         self.rejection = self.retry_after = None
-        with self._request("POST", "/write", params=self._write_params, data=payload) as answer:
+        body, headers = payload, None
+        if self._options.gzip:
+            # At the quickest level: the next ones save a tenth more for twice the time.
+            body, headers = gzip.compress(payload, 1, mtime=0), {"Content-Encoding": "gzip"}
+        with self._request(
+            "POST", "/write", params=self._write_params, data=body, headers=headers
+        ) as answer:
             if answer.status == 204:
                 answer.finish()
                 return 0
@@ -317,6 +324,7 @@ class HTTPClient:
         timeout: float | None = None,
         params: dict[str, str] | None = None,
         data: bytes | dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         requests = load_module("requests")
         seconds = self._options.http_timeout if timeout is None else timeout
@@ -328,6 +336,7 @@ class HTTPClient:
                 self._root + path,
                 params=params,
                 data=data,
+                headers=headers,
                 timeout=seconds,
                 # Given here, and not to the session: REQUESTS_CA_BUNDLE would win over that.
                 verify=self._options.ca_file or True,

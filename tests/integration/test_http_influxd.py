@@ -82,6 +82,20 @@ def test_what_is_written_is_read_back_in_every_precision(
     ]
 
 
+def test_a_compressed_body_is_stored_whole_and_its_bad_lines_are_counted(
+    influxd: Influxd, database: str
+) -> None:
+    client = _client(influxd, database, gzip=True)
+    lines = [b"m,t=a f=%d %d" % (number, number) for number in range(1, 5_001)]
+
+    assert client.write(b"\n".join([*lines, b"bad"])) == 1
+
+    assert client.query("SELECT count(f), sum(f) FROM m").series[0].values[0][1:] == [
+        5_000,
+        5_000 * 5_001 / 2,
+    ]
+
+
 def test_a_retention_policy_is_written_to_and_queried(influxd: Influxd, database: str) -> None:
     influxd.query(f'CREATE RETENTION POLICY "week" ON "{database}" DURATION 52w REPLICATION 1')
     week = _client(influxd, database, retention_policy="week")
