@@ -1,4 +1,4 @@
-"""``python -m benchmarks [send_data | task | worker | import]``: measure, and print the tables."""
+"""``python -m benchmarks [part ...]``: measure, and print the tables; parts: see ``PARTS``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import importlib
 
 from benchmarks.table import show_machine
 
-PARTS = {"send_data": "send_data", "task": "task", "worker": "worker", "import": "import_time"}
+PARTS = {
+    "send_data": "send_data",
+    "task": "task",
+    "influxd": "influxd",
+    "worker": "worker",
+    "import": "import_time",
+}
 
 
 def main() -> None:

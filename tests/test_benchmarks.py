@@ -55,6 +55,15 @@ def test_a_task_is_measured_beside_opentelemetry():
     assert re.search(r"µs added: -?[0-9.]+, bound ≤ 9: (kept|NOT KEPT)", output)
 
 
+def test_influxd_stores_every_point_of_the_measurement():
+    find("influxd")
+
+    output = run("influxd", "--rounds", "1", "--size", "5000")
+
+    assert {"HTTP", "HTTP, gzip"} <= set(rows(output))
+    assert re.search(r"points/s over HTTP: [0-9.]+, bound ≥ 250000: (kept|NOT KEPT)", output)
+
+
 @pytest.mark.long
 def test_every_worker_variant_is_measured_and_really_watched():
     find("redis-server")
@@ -92,4 +101,4 @@ def test_an_unknown_part_is_named_with_those_there_are():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     assert done.returncode == 2
-    assert "no part wroker; expected one of send_data, task, worker, import" in done.stderr
+    assert "no part wroker; expected one of send_data, task, influxd, worker, import" in done.stderr
