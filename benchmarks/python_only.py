@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from celery_influx import database, line_protocol, plugin
 from celery_influx.buffer import Buffer
 from celery_influx.stamps import Stamps
+from celery_influx.task_points import run_line
 
 _PARTS = {
     (database, "extension"): None,
@@ -15,6 +16,7 @@ _PARTS = {
     (database, "make_buffer"): Buffer,
     (database, "make_stamps"): Stamps,
     (plugin, "make_stamps"): Stamps,
+    (plugin, "quick_run_line"): run_line,
 }
 
 

@@ -47,7 +47,7 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
             with python_only():
                 variants["celery_influx, Python only"] = (
                     _plugged("python", sink.port, stack),
-                    _connected,
+                    _connected_python,
                 )
         figures: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(rounds + 2):
@@ -100,6 +100,12 @@ def _connect(*pairs: tuple[Any, Callable[..., None]]) -> Iterator[None]:
 
 def _connected() -> Any:
     return _connect(*RECEIVERS)
+
+
+@contextmanager
+def _connected_python() -> Iterator[None]:
+    with python_only(), _connect(*RECEIVERS):
+        yield
 
 
 def _empty() -> Any:

@@ -1,5 +1,6 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
-stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them.
+stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them; and
+task_points.py's `run_line`.
 
 Whatever is out of the ordinary, and every error, is left to the Python it stands in for: so there
 is one rule, and this file holds none that Python does not. What must hold here, too:
@@ -29,6 +30,11 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #define MAX_LENGTH 65535
 #define MIN_TIME (-9223372036854775806LL)
 #define MAX_TIME 9223372036854775806LL
+
+/* This module's, in this interpreter. */
+typedef struct {
+    PyTypeObject *encoder, *stamps, *buffer, *sender;
+} State;
 
 /* -- the line ------------------------------------------------------------------------------------ */
 
@@ -897,11 +903,88 @@ static PyType_Spec sender_spec = {
 
 static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Database's _send."};
 
-/* -- the module ---------------------------------------------------------------------------------- */
+/* -- the point of a run -------------------------------------------------------------------------- */
 
-typedef struct {
-    PyTypeObject *encoder, *stamps, *buffer, *sender;
-} State;
+/* A name and a time; nothing where it is None. */
+static int put_seconds(Line *line, const char *name, PyObject *ns)
+{
+    int overflow;
+    if (ns == Py_None)
+        return 0;
+    long long value = PyLong_Check(ns) ? PyLong_AsLongLongAndOverflow(ns, &overflow) : -1;
+    if (value < 0 || overflow) {
+        PyErr_SetString(PyExc_ValueError, "expected ns, as an int");
+        return -1;
+    }
+    put_bytes(line, name, (Py_ssize_t)strlen(name));
+    put_integer(line, value / 1000000000);
+    put(line, '.');
+    value %= 1000000000;
+    for (int i = 8; i >= 0; i--) {
+        line->text[line->length + i] = (char)('0' + value % 10);
+        value /= 10;
+    }
+    line->length += 9;
+    return 0;
+}
+
+/* task_points.py's run_line. */
+static PyObject *run_line(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    State *state = PyModule_GetState(module);
+    if (count != 6 || !PyUnicode_Check(args[0]) || !PyTuple_Check(args[1]) ||
+        PyTuple_GET_SIZE(args[1]) != 5) {
+        PyErr_SetString(PyExc_TypeError, "expected head, facts, runtime, cpu, stamps, unit");
+        return NULL;
+    }
+    PyObject *const *facts = &PyTuple_GET_ITEM(args[1], 0); /* series, retries, wait, age, ids */
+    long long retries = PyLong_AsLongLong(facts[1]), unit = PyLong_AsLongLong(args[5]), now;
+    if ((retries == -1 || unit == -1) && PyErr_Occurred())
+        return NULL;
+    if (unit <= 0) {
+        PyErr_SetString(PyExc_ValueError, "expected a unit of at least 1 ns");
+        return NULL;
+    }
+    if (Py_TYPE(args[4]) == state->stamps) {
+        if (next_stamp((Stamps *)args[4], &now))
+            return NULL;
+    } else {
+        PyObject *given = PyObject_CallNoArgs(args[4]);
+        if (given == NULL)
+            return NULL;
+        now = PyLong_AsLongLong(given);
+        Py_DECREF(given);
+        if (now == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    Py_ssize_t length;
+    const char *head = PyUnicode_AsUTF8AndSize(args[0], &length);
+    if (head == NULL)
+        return NULL;
+
+    Line line;
+    PyObject *result = NULL;
+    line_begin(&line);
+    if (line_room(&line, length + 8 * LONGEST_NUMBER) == DONE) {
+        put_bytes(&line, head, length);
+        if (put_seconds(&line, "runtime=", args[2]))
+            goto done;
+        put_bytes(&line, ",retries=", 9);
+        put_integer(&line, retries);
+        put(&line, 'i');
+        if (put_seconds(&line, ",cpu=", args[3]) || put_seconds(&line, ",wait=", facts[2]) ||
+            put_seconds(&line, ",age=", facts[3]))
+            goto done;
+        put(&line, ' ');
+        put_integer(&line, now / unit - (now % unit < 0));
+        result = PyBytes_FromStringAndSize(line.text, line.length);
+    }
+done:
+    line_end(&line);
+    return result;
+}
+
+/* -- the module ---------------------------------------------------------------------------------- */
 
 static PyObject *encoder(PyObject *module, PyObject *args)
 {
@@ -972,6 +1055,8 @@ static PyMethodDef methods[] = {
      "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow): an encode."},
     {"sender", sender, METH_VARARGS,
      "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
+    {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
+     "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
     {NULL, NULL, 0, NULL},
 };
 

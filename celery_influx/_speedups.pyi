@@ -2,6 +2,7 @@ import builtins
 from collections.abc import Callable, Sequence
 
 from celery_influx.point import Point
+from celery_influx.task_points import Facts
 
 class Stamps:
     slot: int
@@ -39,3 +40,11 @@ def sender(
     send: Callable[[Point], None],
     wake: Callable[[int], None],
 ) -> Callable[[Point], None]: ...
+def run_line(
+    head: str,
+    facts: Facts,
+    runtime: int,
+    cpu: int | None,
+    stamps: Callable[[], int],
+    unit: int,
+) -> builtins.bytes: ...

@@ -90,8 +90,10 @@ class Database:
         self._encode: Callable[[Point], bytes]
         self._accept: Callable[[Point], None]  # what `send_data` does with a Point
         self._constant: Mapping[str, Any]
-        self._stamps: Stamps
-        self._unit = Precision(options.precision).nanoseconds
+        #: Gives this process's present time, unlike any other of its times, in ns.
+        self.stamps: Stamps
+        #: Of the times of its lines, in ns.
+        self.unit = Precision(options.precision).nanoseconds
         #: By what its caller likes: beginnings of lines, kept for as long as they hold.
         self.heads: dict[Any, str]
         self._relay_end: Callable[[bytes], bool] | None
@@ -181,10 +183,6 @@ class Database:
         if len(line) > 1_024 or any("\\" in str(text) for text in texts):
             return ""
         return line.removesuffix("f=true 0")
-
-    def time(self) -> int:
-        """The present time, unlike any other of this process, in the unit that its lines have."""
-        return self._stamps() // self._unit
 
     def send_lines(self, lines: list[bytes]) -> None:
         """Queue encoded lines that others have counted: the relay's, from pool children."""
@@ -330,7 +328,7 @@ class Database:
             self._put = self._put_relay
         else:
             self._put = self._put_own
-        self._constant, self._stamps, self.heads = tags, stamps, {}
+        self._constant, self.stamps, self.heads = tags, stamps, {}
         # Last: other threads take it as the sign that all the rest is there.
         self._encode = Encoder(
             tags=tags,
@@ -370,7 +368,7 @@ class Database:
 
     def _quickest(self) -> Callable[[Point], None]:
         """``_send``, or what does the same in C; that knows no relay, and no start of a batcher."""
-        buffer, stamps = self._buffer, self._stamps
+        buffer, stamps = self._buffer, self.stamps
         if (
             extension is None
             or self._put != self._put_own

@@ -28,7 +28,7 @@ from celery_influx.options import Options, load
 from celery_influx.relay import START, VERDICT, Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
-from celery_influx.task_points import Facts, fields_text, point_of, tags_of
+from celery_influx.task_points import Facts, point_of, quick_run_line, tags_of
 from celery_influx.timing import Timer
 from celery_influx.transports import load as load_module
 
@@ -299,7 +299,7 @@ class Influx:
             database.heads[key] = head
         if not head or facts[4]:
             return database.encode(point_of(facts, state, exception, runtime, cpu))
-        return f"{head}{fields_text(facts, runtime, cpu)} {database.time()}".encode()
+        return quick_run_line(head, facts, runtime, cpu, database.stamps, database.unit)
 
     @property
     def watches_runs(self) -> bool:

@@ -70,18 +70,11 @@ def _published(header: object) -> tuple[int, int] | None:
     """The last and the first publish in ns, or None where the header is not one of ours."""
     if not isinstance(header, str):
         return None
-    version, _, rest = header.partition(";")
-    last, _, first = rest.partition(";")
-    # Of no more digits than an int is quickly made of.
-    if (
-        version == "1"
-        and len(rest) < 40
-        and header.isascii()
-        and last.isdigit()
-        and first.isdigit()
-    ):
-        return int(last), int(first)
-    return None
+    parts = header.split(";", 3)
+    if len(parts) != 3 or parts[0] != "1" or len(header) > 42 or not header.isascii():
+        return None
+    _, last, first = parts
+    return (int(last), int(first)) if last.isdigit() and first.isdigit() else None
 
 
 def recorder(task: object) -> Influx | None:
@@ -309,10 +302,11 @@ def _waited(influx: Influx, request: Context) -> tuple[int | None, int | None]:
     if stamps is None:
         return None, None
     last, first = stamps
-    ready = max(last, _eta_ns(request.eta)) if request.eta else last
-    if now < ready:
+    wait = now - (max(last, _eta_ns(request.eta)) if request.eta else last)
+    if wait < 0:
         influx.count(CLAMPED)
-    return max(0, now - ready), max(0, now - first) if request.retries else None
+        wait = 0
+    return wait, max(0, now - first) if request.retries else None
 
 
 def _eta_ns(eta: object) -> int:

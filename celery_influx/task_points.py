@@ -6,10 +6,12 @@ cheap to make and to hand on, and its times are ns, cheap to write.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.point import Point
+from celery_influx.speedups import extension
 
 _NS = 1_000_000_000
 
@@ -57,23 +59,28 @@ def point_of(
     return Point(CELERY_TASK.name, fields, tags_of(series, state, exception))
 
 
-def fields_text(facts: Facts, runtime: int, cpu: int | None) -> str:
-    """The fields of such a point as line protocol has them; only of one without ids."""
+def run_line(
+    head: str, facts: Facts, runtime: int, cpu: int | None, stamps: Callable[[], int], unit: int
+) -> bytes:
+    """The line of such a point, of one without ids, that is stamped now.
+
+    ``head``: its escaped measurement and tags, and a space; ``unit``: of its time, in ns.
+    """
     _, retries, wait, age, _ = facts
-    if cpu is not None and wait is not None and max(runtime, cpu, wait) < _NS:
-        # Most are such.
-        text = f"runtime=0.{runtime:09d},cpu=0.{cpu:09d},wait=0.{wait:09d},retries={retries}i"
-    else:
-        text = f"runtime={_seconds(runtime)},retries={retries}i"
-        if cpu is not None:
-            text = f"{text},cpu={_seconds(cpu)}"
-        if wait is not None:
-            text = f"{text},wait={_seconds(wait)}"
+    text = f"{head}runtime={_seconds(runtime)},retries={retries}i"
+    if cpu is not None:
+        text = f"{text},cpu={_seconds(cpu)}"
+    if wait is not None:
+        text = f"{text},wait={_seconds(wait)}"
     if age is not None:
         text = f"{text},age={_seconds(age)}"
-    return text
+    return f"{text} {stamps() // unit}".encode()
 
 
 def _seconds(ns: int) -> str:
     """The same double as ``repr(ns / 1e9)`` is, in half the time."""
     return f"0.{ns:09d}" if ns < _NS else f"{ns // _NS}.{ns % _NS:09d}"
+
+
+#: As quick as can be here. Both are held to the same tests.
+quick_run_line = extension.run_line if extension else run_line

@@ -297,7 +297,7 @@ class Scene:
             "Buffer._lock": database._buffer._lock,
             "Database._starting": database._starting,
             "Report._lock": database._report._lock,
-            "Stamps._lock": database._stamps._lock,
+            "Stamps._lock": database.stamps._lock,
             "timing._report": timing._report._lock,
             "the log handler's": self.handler.lock,
         }

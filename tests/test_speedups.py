@@ -18,7 +18,9 @@ import pytest
 
 from celery_influx import line_protocol
 from celery_influx.line_protocol import Encoder, make_encode
+from celery_influx.line_reader import decode
 from celery_influx.point import Point
+from celery_influx.task_points import point_of, run_line
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "celery_influx" / name for name in ("_speedups.c", "_shortest.cpp")]
@@ -237,6 +239,43 @@ def test_a_value_that_is_no_plain_one_runs_python_with_nothing_begun() -> None:
     tags["b"] = Changing()
     tags["c"] = "3"
     assert Encoder().encode(Point("m", dict(fields), tags, 1)) == b"m,a=1,b=changed,c=3 f=1.5 1"
+
+
+def test_the_line_of_a_run_is_the_same_and_reads_back() -> None:
+    wild = Wild(5)
+
+    def ns() -> int:
+        return wild.below(10 ** (1 + wild.below(18)))
+
+    for number in range(20_000):
+        cpu, wait, age = (ns() if wild.below(4) else None for _ in range(3))
+        facts = ("t", "q", "w"), wild.below(100), wait, age, None
+        runtime, unit = ns(), 10 ** wild.below(10)
+        lines = []
+        for make in (run_line, _speedups.run_line):
+            stamps = _speedups.Stamps(1, lambda number=number: number * 10**14)  # type: ignore[misc]
+            lines.append(make("celery_task,é=ü\\ ,x=y ", facts, runtime, cpu, stamps, unit))
+        assert lines[0] == lines[1]
+        point = point_of(facts, "SUCCESS", None, runtime, cpu)
+        assert decode(lines[0], unit).fields == point.fields
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "error"),
+    [
+        (0, 5, TypeError), (0, "\ud800", UnicodeEncodeError), (1, ((),), TypeError), (2, -1, ValueError),
+        (2, "1", ValueError), (3, 2**63, ValueError), (4, 5, TypeError), (5, "1", TypeError), (5, 0, ValueError),
+    ],
+)  # fmt: skip
+def test_what_is_no_run_is_refused(place: int, wrong: object, error: type[Exception]) -> None:
+    arguments: list[Any] = ["m ", (("t", "q", "w"), 0, 1, 1, None), 1, 1, _speedups.Stamps(1), 1]
+    assert _speedups.run_line(*arguments)
+    arguments[place] = wrong
+
+    with pytest.raises(error):
+        _speedups.run_line(*arguments)
+    with pytest.raises(TypeError):
+        _speedups.run_line(*arguments[:5])
 
 
 class Way:
