@@ -71,10 +71,12 @@ def _published(header: object) -> tuple[int, int] | None:
     if not isinstance(header, str):
         return None
     parts = header.split(";", 3)
-    if len(parts) != 3 or parts[0] != "1" or len(header) > 42 or not header.isascii():
+    if len(parts) != 3 or parts[0] != "1" or not header.isascii():
         return None
     _, last, first = parts
-    return (int(last), int(first)) if last.isdigit() and first.isdigit() else None
+    if len(last) < 20 > len(first) and last.isdigit() and first.isdigit():
+        return int(last), int(first)
+    return None
 
 
 def recorder(task: object) -> Influx | None:
