@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import threading
+import tracemalloc
 from collections import deque
 
 import pytest
@@ -297,3 +298,17 @@ def test_a_large_buffer_that_was_emptied_works_on(Buffer: type[PythonBuffer]) ->
     for number in range(1_000):
         buffer.put([b"%d" % number])
         assert buffer.take(1, 10) == ([b"%d" % number], 0)
+
+
+@both
+def test_a_waiting_line_costs_at_most_150_bytes_beyond_its_own(Buffer: type[PythonBuffer]) -> None:
+    buffer = Buffer(100_000, 100_000_000)
+
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(50_000):
+        buffer.put([b"%0130d" % number])
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+
+    assert 130 < grown / 50_000 < 130 + 150

@@ -177,6 +177,30 @@ def test_many_points_at_once_each_count(make, server: Server) -> None:
     assert account(database) == {"points": 1_000, "sent": 750, "rejected": 250}
 
 
+@pytest.mark.long
+def test_a_million_points_leave_the_memory_as_it_was(make, server: Server) -> None:
+    database = make(bytes_per_second=10_000_000_000)
+
+    def send(count: int) -> None:
+        for number in range(count):
+            database.send_data(
+                Point("m", {"f": number / 7, "i": number}, {"host": "a", "n": str(number % 50)})
+            )
+            if number % 10_000 == 9_999:
+                assert database.flush(30)
+                server.datagrams.clear()
+        assert database.flush(30)
+
+    send(100_000)
+    before = resident()
+    send(1_000_000)
+    grown = resident() - before
+    print(f"{grown:,} bytes more")
+
+    assert grown < 1_000_000
+    assert account(database)["sent"] == 1_100_000
+
+
 def test_constant_tags_are_on_every_point_and_its_own_win(make, server: Server) -> None:
     database = make(tags={"host": "a", "region": "eu"})
 
@@ -862,6 +886,11 @@ def test_what_a_forked_child_inherited_over_http_is_never_closed_by_a_finaliser(
     database.ping()
     database.send_data(WHOLE)
     assert database.flush(5)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def locks_of(database: Database) -> list[Any]:
