@@ -10,6 +10,7 @@ from benchmarks.table import show_machine
 PARTS = {
     "send_data": "send_data",
     "task": "task",
+    "stalls": "stalls",
     "influxd": "influxd",
     "worker": "worker",
     "import": "import_time",

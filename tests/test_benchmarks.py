@@ -55,6 +55,13 @@ def test_a_task_is_measured_beside_opentelemetry():
     assert re.search(r"µs added: -?[0-9.]+, bound ≤ 9: (kept|NOT KEPT)", output)
 
 
+def test_stalls_are_measured_beside_an_empty_function():
+    output = run("stalls", "--rounds", "1", "--size", "2000")
+
+    assert {"an empty function", "celery_influx"} <= set(rows(output))
+    assert re.search(r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000: (kept|NOT KEPT)", output)
+
+
 def test_influxd_stores_every_point_of_the_measurement():
     find("influxd")
 
@@ -101,4 +108,7 @@ def test_an_unknown_part_is_named_with_those_there_are():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     assert done.returncode == 2
-    assert "no part wroker; expected one of send_data, task, influxd, worker, import" in done.stderr
+    assert (
+        "no part wroker; expected one of send_data, task, stalls, influxd, worker, import"
+        in done.stderr
+    )
