@@ -14,8 +14,6 @@ from itertools import pairwise
 
 from datadog.dogstatsd.base import DogStatsd
 from influxdb_client import Point as ClientPoint
-from questdb.ingress import Buffer as QuestBuffer
-from questdb.ingress import TimestampNanos
 from statsd import StatsClient
 
 from benchmarks.python_only import python_only
@@ -23,6 +21,12 @@ from benchmarks.sink import Sink
 from benchmarks.table import Table, ratios, rotated, verdict
 from celery_influx import Database, Point, decode
 from celery_influx.options import DatabaseOptions
+
+try:
+    from questdb.ingress import Buffer as QuestBuffer
+    from questdb.ingress import TimestampNanos
+except ImportError:  # not for every Python
+    QuestBuffer = None
 
 PATHS = [f"/shop/{i}" for i in range(16)]
 STATUSES = ["200", "201", "404", "503"]
@@ -94,9 +98,7 @@ def _clients(port: int) -> Iterator[dict[str, Run]]:
         "influxdb-client, Point to line only, short floats": _influxdb_client,
         "influxdb-client, Point to line only, clock floats": _influxdb_client,
         "influxdb-client, Point to line only, 17-digit floats": _influxdb_client,
-        "QuestDB, Buffer.row only, short floats": _questdb,
-        "QuestDB, Buffer.row only, clock floats": _questdb,
-        "QuestDB, Buffer.row only, 17-digit floats": _questdb,
+        **(QUESTDB if QuestBuffer else {}),
         "the dicts alone": _dicts,
         "the dicts and the Point": _points,
         "datadog, default, 3 calls": _datadog(datadog),
@@ -186,6 +188,11 @@ def _questdb(floats: list[float]) -> bytes:
             at=TimestampNanos.now(),
         )
     return bytes(buffer)
+
+
+QUESTDB: dict[str, Run] = {
+    f"QuestDB, Buffer.row only, {kind} floats": _questdb for kind in ("short", "clock", "17-digit")
+}
 
 
 def _influxdb_client(floats: list[float]) -> None:
@@ -319,7 +326,7 @@ def _callers(figures: dict[str, list[float]]) -> Table:
             ours = figures[f"celery_influx, Point, {kind or 'clock'} floats"]
             table.add(name, found, ratios(found, ours))
     calls = {name: _without(found, figures["the dicts alone"]) for name, found in figures.items()}
-    for kind, bound in (("clock", 1.9), ("17-digit", 1.0)):
+    for kind, bound in (("clock", 1.9), ("17-digit", 1.0)) if QuestBuffer else ():
         row = calls[f"QuestDB, Buffer.row only, {kind} floats"]
         ours = _without(
             figures[f"celery_influx, Point, {kind} floats"], figures["the dicts and the Point"]

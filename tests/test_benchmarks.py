@@ -33,7 +33,6 @@ def test_send_data_is_measured_beside_every_peer():
     pytest.importorskip("datadog")
     pytest.importorskip("statsd")
     pytest.importorskip("influxdb_client")
-    pytest.importorskip("questdb")
 
     output = run("send_data", "--rounds", "2", "--size", "50")
 
@@ -45,6 +44,7 @@ def test_send_data_is_measured_beside_every_peer():
     assert re.search(r"celery \d.*influxdb-client \d.*datadog \d.*statsd \d", output)
 
 
+@pytest.mark.long
 def test_a_task_is_measured_beside_opentelemetry():
     pytest.importorskip("opentelemetry.instrumentation.celery")
 
@@ -55,6 +55,7 @@ def test_a_task_is_measured_beside_opentelemetry():
     assert re.search(r"µs added: -?[0-9.]+, bound ≤ 9: (kept|NOT KEPT)", output)
 
 
+@pytest.mark.long
 def test_stalls_are_measured_beside_an_empty_function():
     output = run("stalls", "--rounds", "1", "--size", "2000")
 
@@ -62,6 +63,7 @@ def test_stalls_are_measured_beside_an_empty_function():
     assert re.search(r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000: (kept|NOT KEPT)", output)
 
 
+@pytest.mark.long
 def test_influxd_stores_every_point_of_the_measurement():
     find("influxd")
 

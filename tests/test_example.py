@@ -122,6 +122,7 @@ def test_the_demo_needs_no_server_and_every_point_arrives(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_same_table_is_made_of_what_influxd_took_by_udp(
     tmp_path: Path, influxd: Influxd, redis_server: Redis
 ) -> None:
