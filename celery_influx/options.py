@@ -224,8 +224,8 @@ class DatabaseOptions:
     )
     gzip: bool = option(
         False,
-        "Compress what is sent over HTTP: a fifth of the bytes or less, for half as much CPU time "
-        "again. For networks that are slow or paid for.",
+        "Compress what is sent over HTTP: about a fifth of the bytes, for twice the CPU time. For "
+        "networks that are slow or paid for.",
     )
 
 

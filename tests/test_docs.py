@@ -16,6 +16,8 @@ from tests.integration.worker import Worker, publisher
 from tests.servers import Influxd, Redis, wait_for
 
 ROOT = Path(__file__).parent.parent
+#: The package that is tested, installed or not, and what the pages' code imports besides.
+PATH = os.pathsep.join([str(Path(celery_influx.__file__).parent.parent), str(ROOT)])
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")],
     key=str,
@@ -51,7 +53,7 @@ def test_the_code_blocks_of_the_page_run_one_after_another(page: Path) -> None:
     # The warning is about localhost:8089, where nobody listens in a test.
     done = subprocess.run(
         [sys.executable, "-c", script + "\napp.influx.close(1)"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PATH},
         capture_output=True,
         text=True,
         timeout=60,
@@ -171,7 +173,7 @@ def test_the_reference_tables_are_what_the_code_says() -> None:
     done = subprocess.run(
         [sys.executable, "docs/tables.py", "--check"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PATH},
         capture_output=True,
         text=True,
         timeout=60,

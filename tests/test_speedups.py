@@ -36,13 +36,14 @@ from tests.differential import Wild, differ, differ_in_floats  # noqa: E402
 POINT = Point("cpu load", {"a": 1.25, "b": 3, "c": 'x"y', "d": True}, {"host": "h,1"}, 17)
 
 
-def test_the_switch_and_the_name_of_what_encodes() -> None:
+def test_the_switch_and_the_name_of_what_encodes(tmp_path: Path) -> None:
     def said(**environment: str) -> str:
         code = "from celery_influx import line_protocol; print(line_protocol.implementation)"
         rest = {k: v for k, v in os.environ.items() if k != "CELERY_INFLUX_PURE"}
         return subprocess.run(
             [sys.executable, "-c", code],
-            env={"PYTHONPATH": os.pathsep.join(sys.path), **rest, **environment},
+            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **rest, **environment},
+            cwd=tmp_path,  # where no source of the package lies
             check=True,
             capture_output=True,
             text=True,

@@ -58,10 +58,11 @@ def clean(influxd: Influxd) -> Any:
     ("pool", "scheme"),
     [
         ("prefork", "udp"),
-        ("threads", "http"),
         *(
-            pytest.param(*row, marks=pytest.mark.long)
-            for row in (("prefork", "http"), ("threads", "udp"), ("solo", "udp"), ("solo", "http"))
+            pytest.param(pool, scheme, marks=pytest.mark.long)
+            for pool in ("prefork", "threads", "solo")
+            for scheme in ("udp", "http")
+            if (pool, scheme) != ("prefork", "udp")
         ),
     ],
 )

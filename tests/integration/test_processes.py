@@ -169,7 +169,7 @@ def post_worker_init(worker):
     [
         ("sync", "preload"),
         ("gthread", ""),
-        ("gevent", ""),
+        pytest.param("gevent", "", marks=pytest.mark.long),
         ("gevent", "preload"),
         pytest.param("sync", "", marks=pytest.mark.long),
         pytest.param("gthread", "preload", marks=pytest.mark.long),
@@ -592,7 +592,13 @@ def log_of(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["multi", pytest.param("multi, restarted", marks=pytest.mark.long), "worker --detach"],
+    [
+        "multi",
+        *(
+            pytest.param(command, marks=pytest.mark.long)
+            for command in ("multi, restarted", "worker --detach")
+        ),
+    ],
 )
 def test_detached_workers_send_all_that_their_tasks_made(
     command: str,

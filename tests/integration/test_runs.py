@@ -637,7 +637,7 @@ def test_children_that_are_spawned_write_each_run_that_they_live_to_end(bench: B
 
 @pytest.mark.skipif(not HAS_SOFT_SHUTDOWN, reason="this Celery has no soft shutdown")
 @pytest.mark.parametrize("bench", [{"worker_soft_shutdown_timeout": 1.0}], indirect=True)
-@pytest.mark.parametrize("seconds", ["0.6", "30"])
+@pytest.mark.parametrize("seconds", [pytest.param("0.6", marks=pytest.mark.long), "30"])
 def test_a_soft_shutdown_ends_a_run_with_one_point(bench: Bench, seconds: str) -> None:
     with bench.worker:
         task_id = bench.send(f"sleep {seconds}", task="late")

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
+import celery_influx
 from tests.servers import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,9 @@ def environment(
     broker: str, config: Mapping[str, Any] | None = None, **more: str
 ) -> dict[str, str]:
     """The environment of a process that runs one of ``apps`` with this configuration."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # The package that is tested: in tox the installed one, with the extension, and not the source.
+    tested = str(Path(celery_influx.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [tested, str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
         "PYTHONPATH": path,
