@@ -16,11 +16,11 @@ from datadog.dogstatsd.base import DogStatsd
 from influxdb_client import Point as ClientPoint
 from statsd import StatsClient
 
-from benchmarks.python_only import python_only
 from benchmarks.sink import Sink
 from benchmarks.table import Table, ratios, rotated, verdict
 from celery_influx import Database, Point, decode
 from celery_influx.options import DatabaseOptions
+from tests.python_only import python_only
 
 try:
     from questdb.ingress import Buffer as QuestBuffer

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from benchmarks.python_only import python_only
 from benchmarks.table import Table, rotated, verdict
 from celery_influx import Database, Point
 from celery_influx.options import DatabaseOptions
+from tests.python_only import python_only
 
 
 class _Slow(BaseHTTPRequestHandler):

@@ -21,14 +21,13 @@ from opentelemetry.instrumentation.celery import CeleryInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
 
 import celery_influx.line_protocol
-from benchmarks.python_only import python_only
 from benchmarks.sink import Sink
 from benchmarks.table import Table, ratios, rotated, verdict
 from celery_influx import signals as ours
+from tests.python_only import python_only
 
 HOST = "celery@benchmark"
 RECEIVERS = ((signals.task_prerun, ours._on_start), (signals.task_postrun, ours._on_end))
-Variant = Callable[[], Any]
 
 
 def run(rounds: int = 40, size: int = 2_000) -> None:

@@ -232,6 +232,17 @@ typedef struct {
     long long slot, last;
 } Stamps;
 
+/* The time by a clock that is Python's; -1 with an exception set where it raises. */
+static int ask(PyObject *clock, long long *ns)
+{
+    PyObject *given = PyObject_CallNoArgs(clock);
+    if (given == NULL)
+        return -1;
+    *ns = PyLong_AsLongLong(given);
+    Py_DECREF(given);
+    return *ns == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
 /* -1 with an exception set where the clock raises. */
 static int next_stamp(Stamps *self, long long *stamp)
 {
@@ -240,14 +251,8 @@ static int next_stamp(Stamps *self, long long *stamp)
         struct timespec time;
         clock_gettime(CLOCK_REALTIME, &time);
         now = time.tv_sec * 1000000000LL + time.tv_nsec;
-    } else {
-        PyObject *given = PyObject_CallNoArgs(self->clock);
-        if (given == NULL)
-            return -1;
-        now = PyLong_AsLongLong(given);
-        Py_DECREF(given);
-        if (now == -1 && PyErr_Occurred())
-            return -1;
+    } else if (ask(self->clock, &now)) {
+        return -1;
     }
     long long rest = now % SLOTS;
     now += self->slot - rest - (rest < 0 ? SLOTS : 0);
@@ -729,8 +734,7 @@ static PyObject *buffer_take(Buffer *self, PyObject *args)
 
 static PyObject *buffer_clear(Buffer *self, PyObject *none)
 {
-    Py_ssize_t dropped;
-    dropped = self->count;
+    Py_ssize_t dropped = self->count;
     while (self->count)
         Py_DECREF(buffer_pop(self));
     self->dropped += dropped;
@@ -831,7 +835,7 @@ static PyObject *send_point(PyObject *arg, PyObject *point)
     Encoder *encoder = (Encoder *)self->encoder;
     Buffer *buffer = (Buffer *)self->buffer;
     Line line;
-    Py_ssize_t left_out = 0, dropped = 0;
+    Py_ssize_t left_out = 0;
     PyObject *way, *bytes = NULL;
 
     line_begin(&line);
@@ -845,19 +849,15 @@ static PyObject *send_point(PyObject *arg, PyObject *point)
         PyErr_Clear(); /* no memory: Python meets it again, and counts it */
     if (bytes == NULL)
         return PyObject_CallOneArg(self->send, point);
-    int due, wrong;
-    wrong = buffer_append(buffer, bytes);
-    if (!wrong)
-        *(uint64_t *)self->points.buf += 1;
-    dropped = buffer_limit(buffer);
-    due = !buffer->called &&
-          (buffer->bytes >= self->due_bytes || buffer->count >= self->due_lines);
-    if (due)
-        buffer->called = 1;
-    if (wrong)
+    if (buffer_append(buffer, bytes))
         return NULL;
+    *(uint64_t *)self->points.buf += 1;
+    Py_ssize_t dropped = buffer_limit(buffer);
+    int due = !buffer->called &&
+              (buffer->bytes >= self->due_bytes || buffer->count >= self->due_lines);
     if (!dropped && !due)
         Py_RETURN_NONE;
+    buffer->called |= due;
     PyObject *none = PyObject_CallFunction(self->wake, "n", dropped);
     if (none == NULL)
         buffer->called = 0;
@@ -945,18 +945,9 @@ static PyObject *run_line(PyObject *module, PyObject *const *args, Py_ssize_t co
         PyErr_SetString(PyExc_ValueError, "expected a unit of at least 1 ns");
         return NULL;
     }
-    if (Py_TYPE(args[4]) == state->stamps) {
-        if (next_stamp((Stamps *)args[4], &now))
-            return NULL;
-    } else {
-        PyObject *given = PyObject_CallNoArgs(args[4]);
-        if (given == NULL)
-            return NULL;
-        now = PyLong_AsLongLong(given);
-        Py_DECREF(given);
-        if (now == -1 && PyErr_Occurred())
-            return NULL;
-    }
+    if (Py_TYPE(args[4]) == state->stamps ? next_stamp((Stamps *)args[4], &now)
+                                          : ask(args[4], &now))
+        return NULL;
     Py_ssize_t length;
     const char *head = PyUnicode_AsUTF8AndSize(args[0], &length);
     if (head == NULL)

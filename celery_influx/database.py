@@ -126,11 +126,11 @@ class Database:
         if type(point) is Point:
             self._accept(point)
             return
-        if not self._enabled:
-            return
         if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
             self._send(point)
             return
+        if not self._enabled:
+            return  # and the iterable is left as it is
         points: Iterator[object] | None = None
         while True:
             try:
@@ -144,6 +144,8 @@ class Database:
             self._send(each)
 
     def _send(self, point: object) -> None:
+        if not self._enabled:
+            return
         try:
             line = self._encode(point if type(point) is Point else _as_point(point))
         except Exception as error:  # noqa: BLE001 - and so may any object when it is read
@@ -234,7 +236,7 @@ class Database:
         """
         with self._starting:
             batcher, self._batcher = self._batcher, None
-            self._accept = self._send if self._enabled else _ignore
+            self._accept = self._send
             self._closing = self._closing or batcher is not None
         client, self._http = self._http, None
         if client:
@@ -408,7 +410,7 @@ class Database:
         self._forget()
 
     def _forget(self) -> None:
-        self._accept = self._send if self._enabled else _ignore
+        self._accept = self._send
         self._batcher = None
         self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger, passing=self._passing)
@@ -479,10 +481,6 @@ class Database:
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {self.address} started={self._batcher is not None}>"
-
-
-def _ignore(_: object) -> None:
-    """What is done with a point where the plugin is switched off."""
 
 
 @functools.cache

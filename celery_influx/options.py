@@ -224,7 +224,7 @@ class DatabaseOptions:
     )
     gzip: bool = option(
         False,
-        "Compress what is sent over HTTP: about a fifth of the bytes, for twice the CPU time. For "
+        "Compress what is sent over HTTP: an eighth of the bytes, for twice the CPU time. For "
         "networks that are slow or paid for.",
     )
 

@@ -7,7 +7,7 @@ cheap to make and to hand on, and its times are ns, cheap to write.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.point import Point
@@ -16,18 +16,14 @@ from celery_influx.speedups import extension
 _NS = 1_000_000_000
 
 
-class Series(NamedTuple):
-    """What all runs of a task from one queue in one worker have in common: their tags."""
+#: What all runs of a task from one queue in one worker have in common: the three's names, ``None``
+#: for no worker.
+Series = tuple[str, str, "str | None"]
 
-    task: str
-    queue: str
-    worker: str | None
-
-
-#: Of one run, before its end: its ``Series``; retries; ns that it waited, and ns since the first
+#: Of one run, before its end: its series; retries; ns that it waited, and ns since the first
 #: publish, where they are known; ids of task, root and parent, where they are wanted.
 Facts = tuple[
-    tuple[str, str, str | None],
+    Series,
     int,
     "int | None",
     "int | None",
@@ -35,7 +31,7 @@ Facts = tuple[
 ]
 
 
-def tags_of(series: tuple[Any, ...], state: str, exception: str | None) -> dict[str, str | None]:
+def tags_of(series: Series, state: str, exception: str | None) -> dict[str, str | None]:
     """The tags of a run's point, but for the constant ones."""
     task, queue, worker = series
     tags = {"task": task, "queue": queue, "worker": worker, "state": state, "exception": exception}

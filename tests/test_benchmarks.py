@@ -45,32 +45,33 @@ def test_send_data_is_measured_beside_every_peer():
 
 
 @pytest.mark.long
-def test_a_task_is_measured_beside_opentelemetry():
+@pytest.mark.parametrize(
+    ("part", "size", "names", "bound"),
+    [
+        (
+            *("task", 20),
+            {"bare, again", "two empty receivers", "celery_influx", "opentelemetry"},
+            r"µs added: -?[0-9.]+, bound ≤ 9",
+        ),
+        (
+            *("stalls", 2_000, {"an empty function", "celery_influx"}),
+            r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000",
+        ),
+        (
+            *("influxd", 5_000, {"HTTP", "HTTP, gzip"}),  # it raises where a point is not stored
+            r"points/s over HTTP: [0-9.]+, bound ≥ 250000",
+        ),
+    ],
+    ids=["task", "stalls", "influxd"],
+)
+def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[str], bound: str):
     pytest.importorskip("opentelemetry.instrumentation.celery")
-
-    output = run("task", "--rounds", "2", "--size", "20")
-
-    for name in ("bare, again", "two empty receivers", "celery_influx", "opentelemetry"):
-        assert name in rows(output)
-    assert re.search(r"µs added: -?[0-9.]+, bound ≤ 9: (kept|NOT KEPT)", output)
-
-
-@pytest.mark.long
-def test_stalls_are_measured_beside_an_empty_function():
-    output = run("stalls", "--rounds", "1", "--size", "2000")
-
-    assert {"an empty function", "celery_influx"} <= set(rows(output))
-    assert re.search(r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000: (kept|NOT KEPT)", output)
-
-
-@pytest.mark.long
-def test_influxd_stores_every_point_of_the_measurement():
     find("influxd")
 
-    output = run("influxd", "--rounds", "1", "--size", "5000")
+    output = run(part, "--rounds", "2", "--size", str(size))
 
-    assert {"HTTP", "HTTP, gzip"} <= set(rows(output))
-    assert re.search(r"points/s over HTTP: [0-9.]+, bound ≥ 250000: (kept|NOT KEPT)", output)
+    assert names <= set(rows(output))
+    assert re.search(f"{bound}: (kept|NOT KEPT)", output)
 
 
 @pytest.mark.long

@@ -192,9 +192,9 @@ def test_a_million_points_leave_the_memory_as_it_was(make, server: Server) -> No
         assert database.flush(30)
 
     send(500_000)
-    before = resident()
+    before = rss()
     send(1_000_000)
-    grown = resident() - before
+    grown = rss() - before
     print(f"{grown:,} bytes more")
 
     assert grown < 1_000_000
@@ -886,11 +886,6 @@ def test_what_a_forked_child_inherited_over_http_is_never_closed_by_a_finaliser(
     database.ping()
     database.send_data(WHOLE)
     assert database.flush(5)
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def locks_of(database: Database) -> list[Any]:

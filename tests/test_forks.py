@@ -33,12 +33,11 @@ from billiard.process import current_process
 from celery import Celery
 
 import celery_influx
-from celery_influx import line_protocol, plugin, timing
-from celery_influx.buffer import Buffer
+from celery_influx import timing
 from celery_influx.database import Database
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
-from celery_influx.stamps import Stamps
+from tests.python_only import python_only
 from tests.servers import wait_for
 from tests.test_database import Server
 
@@ -542,23 +541,11 @@ def in_python() -> bool:
 
 
 @pytest.fixture
-def scene(
-    kind: str, scheme: str, in_python: bool, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Scene]:
-    if in_python:
-        do_without_the_extension(monkeypatch)
-    made = Scene(kind, scheme)
-    yield made
-    made.close()
-
-
-def do_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process with CELERY_INFLUX_PURE."""
-    for module in (celery_influx.database, line_protocol):
-        monkeypatch.setattr(module, "extension", None)
-    monkeypatch.setattr(celery_influx.database, "make_buffer", Buffer)
-    for module in (celery_influx.database, plugin):
-        monkeypatch.setattr(module, "make_stamps", Stamps)
+def scene(kind: str, scheme: str, in_python: bool) -> Iterator[Scene]:
+    with python_only() if in_python else contextlib.nullcontext():
+        made = Scene(kind, scheme)
+        yield made
+        made.close()
 
 
 # -- each lock, and each place -----------------------------------------------------------------

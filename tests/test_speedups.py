@@ -21,6 +21,7 @@ from celery_influx.line_protocol import Encoder, make_encode
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
 from celery_influx.task_points import point_of, run_line
+from tests.integration.worker import resident_kib
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "celery_influx" / name for name in ("_speedups.c", "_shortest.cpp")]
@@ -149,11 +150,6 @@ def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
     return done.stdout
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.parametrize(
     "rounds", [10, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
 )
@@ -176,10 +172,10 @@ def test_calls_leave_the_memory_as_it_was(rounds: int) -> None:
 
     for _ in range(20):
         round_of_calls()
-    before = resident()
+    before = resident_kib(os.getpid())
     for _ in range(rounds):
         round_of_calls()
-    grown = resident() - before
+    grown = (resident_kib(os.getpid()) - before) * 1024
     print(f"{rounds * 5_000:,} calls: {grown:,} bytes more")
     assert grown < 1_000_000
 

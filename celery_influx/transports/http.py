@@ -128,7 +128,7 @@ class HTTPClient:
         self.rejection = self.retry_after = None
         body, headers = payload, None
         if self._options.gzip:
-            # At the quickest level: the next ones save a tenth more for twice the time.
+            # At the quickest level.
             body, headers = gzip.compress(payload, 1, mtime=0), {"Content-Encoding": "gzip"}
         with self._request(
             "POST", "/write", params=self._write_params, data=body, headers=headers

@@ -8,13 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_forks import (
-    KINDS,
-    SCHEMES,
-    Scene,
-    do_without_the_extension,
-    fork_with_all_held,
-)
+from tests.python_only import python_only
+from tests.test_forks import KINDS, SCHEMES, Scene, fork_with_all_held
 
 pytestmark = [
     pytest.mark.long,
@@ -27,11 +22,11 @@ FORKS = int(os.environ.get("FORKS", "1000"))
 
 
 @pytest.fixture
-def scene(kind: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    do_without_the_extension(monkeypatch)
-    made = Scene(kind, scheme)
-    yield made
-    made.close()
+def scene(kind: str, scheme: str) -> Iterator[Scene]:
+    with python_only():
+        made = Scene(kind, scheme)
+        yield made
+        made.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Both implementations in one process, so that one run measures them side by side."""
+"""What the extension does done by Python, in a process that has it; for benchmarks, too."""
 
 from __future__ import annotations
 
