@@ -329,6 +329,7 @@ def test_a_child_whose_worker_is_gone_goes_on_and_counts(scene: Scene) -> None:
         pid = int(str(scene.store.get("alone")))
         try:
             worker.stop(signal.SIGKILL)
+            scene.store.set("go", 1)
             found = wait_for(lambda: scene.store.hgetall("found"), 20, "its account")
             wait_for(lambda: not alive(pid), 5, "it ends")
         finally:
