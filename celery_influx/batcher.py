@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -18,6 +19,18 @@ logger = logging.getLogger(__name__)
 def is_green() -> bool:
     """Whether threads are greenlets here: gevent and eventlet replace ``time.sleep``, too."""
     return time.sleep.__module__ != "time"
+
+
+def _held() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _wake(sleeper: threading.Lock) -> None:
+    """Let who waits for it go on, or the next who would wait."""
+    with contextlib.suppress(RuntimeError):  # it is awake
+        sleeper.release()
 
 
 class Batcher:
@@ -59,8 +72,11 @@ class Batcher:
         self._report = report
         self._batch_size = batch_size
         self._flush_interval = flush_interval
-        self._wanted = threading.Event()
-        self._progress = threading.Condition()
+        # Not an Event or a Condition, for these have a lock inside: see `Buffer`. Whoever waits
+        # acquires a lock for the second time, and is woken by its release.
+        self._wanted = False
+        self._doze = _held()
+        self._flushes: list[threading.Lock] = []
         # Lines taken from the buffer whose fate is known; those of earlier batchers are done.
         self._settled = buffer.taken
         self._failed = 0  # of these, the ones that did not go out
@@ -74,8 +90,9 @@ class Batcher:
 
     def wake(self) -> None:
         """Send what waits, now. Cheap to call again."""
-        if not self._wanted.is_set():
-            self._wanted.set()
+        if not self._wanted:
+            self._wanted = True
+            _wake(self._doze)
 
     def flush(self, timeout: float) -> bool:
         """Send all that waits now; whether all of it went out within ``timeout`` seconds."""
@@ -84,22 +101,26 @@ class Batcher:
         target = buffer.put_lines
         failures = buffer.dropped + self._failed
         self.wake()
-        with self._progress:
+        progress = _held()
+        self._flushes.append(progress)
+        try:
             while self._settled + buffer.dropped < target:
                 now = time.monotonic()
                 left = deadline - now
                 closed = self._deadline is not None and now >= self._deadline
                 if left <= 0 or closed or not self._thread.is_alive():
                     return False
-                self._progress.wait(left)
-            return buffer.dropped + self._failed == failures
+                progress.acquire(timeout=min(left, threading.TIMEOUT_MAX))
+        finally:
+            self._flushes.remove(progress)
+        return buffer.dropped + self._failed == failures
 
     def finish(self, deadline: float) -> None:
         """Ask the thread to send what waits until ``deadline`` (``time.monotonic``), and to end."""
         if self._deadline is None:
             self._last = self._buffer.put_lines
             self._deadline = deadline
-        self._wanted.set()
+        _wake(self._doze)
 
     def close(self, timeout: float) -> bool:
         """Send all that waits and end the thread; whether all went out in ``timeout`` seconds.
@@ -120,8 +141,7 @@ class Batcher:
             self._drain()
         dropped = self._buffer.clear()
         self._counters[DROPPED] += dropped
-        with self._progress:
-            self._progress.notify_all()
+        self._wake_flushes()
         if dropped or trying:
             logger.warning(
                 "%s: %d lines could not be sent within %.1f s at the end, and were dropped%s",
@@ -147,8 +167,8 @@ class Batcher:
 
     def _run(self) -> None:
         while self._deadline is None:
-            self._wanted.wait(self._flush_interval)
-            self._wanted.clear()
+            self._doze.acquire(timeout=self._flush_interval)
+            self._wanted = False
             self._drain()
         self._close_transport()
 
@@ -180,11 +200,15 @@ class Batcher:
                 )
                 more = bool(lines)
             self._trying = 0
-            with self._progress:
-                self._settled += len(lines) + too_long
-                self._failed += len(lines) + too_long - sent
-                self._progress.notify_all()
+            count = len(lines) + too_long
+            self._failed += count - sent
+            self._settled += count  # last: a flush that sees it looks at the others then
+            self._wake_flushes()
             self._give_way()
+
+    def _wake_flushes(self) -> None:
+        for progress in tuple(self._flushes):
+            _wake(progress)
 
     def _give_way(self) -> None:
         """Among greenlets: let the others run, which nothing else does while UDP takes it all."""

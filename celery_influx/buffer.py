@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -11,6 +10,12 @@ from celery_influx.speedups import extension
 
 class Buffer:
     """A first-in, first-out queue of lines for many writers and one reader.
+
+    It has no lock, on purpose. Celery's handler of SIGQUIT runs inside whatever the main thread,
+    or a greenlet of it, does just then, and waits there for the tasks to end: if that held a lock,
+    a task that sends its last point would wait for it for ever. So every number here is changed
+    by one statement without a call, within which Python gives neither the interpreter away nor
+    a signal to its handler.
 
     Args:
         max_lines: Most lines that wait.
@@ -31,79 +36,74 @@ class Buffer:
         self.taken = 0
         self.dropped = 0
         self._lines: deque[bytes] = deque()
-        # Reentrant: a finaliser or signal handler may send a point from inside `put` or `take`,
-        # at any call there. So no call stands between reading and writing a number below.
-        self._lock = threading.RLock()
 
     def put(self, lines: Sequence[bytes]) -> int:
         """Append ``lines``; the number of (oldest) lines dropped for them."""
+        size = count = 0
+        for line in lines:
+            size += len(line) + 1
+            count += 1
+        # Up to the end of `extend` nobody comes in between: who counts 10 lines can wait for 10.
+        self.bytes += size
+        self.put_lines += count
+        self._lines.extend(lines)
         dropped = 0
-        count = len(lines)
-        with self._lock:
-            for line in lines:
-                self._lines.append(line)
-                size = len(line) + 1
-                self.bytes += size
-            self.put_lines += count
-            while (
-                self.bytes > self.max_bytes or len(self._lines) > self.max_lines
-            ) and self._lines:
-                size = len(self._lines.popleft()) + 1
-                self.bytes -= size
-                dropped += 1
-            self.dropped += dropped
+        while self.bytes > self.max_bytes or len(self._lines) > self.max_lines:
+            if not self._drop():
+                break  # another thread has them, and has not yet said so in `bytes`
+            dropped += 1
         return dropped
 
     def take(self, max_lines: int, max_bytes: int) -> tuple[list[bytes], int]:
-        """Remove one payload's worth of the oldest lines, as ``pack`` says."""
-        with self._lock:
-            taken, too_long, size = pack(self._lines, max_lines, max_bytes)
-            count = len(taken) + too_long
+        """Remove the oldest lines that make one payload when joined by newlines.
+
+        Returns:
+            The lines, and how many were discarded because one alone is longer than ``max_bytes``.
+        """
+        taken: list[bytes] = []
+        too_long = 0
+        room = max_bytes + 1
+        while len(taken) < max_lines:
+            try:
+                line = self._lines.popleft()
+            except IndexError:
+                break
+            size = len(line) + 1
+            if room < size <= max_bytes + 1:
+                self._lines.appendleft(line)
+                break
             self.bytes -= size
-            self.taken += count
+            self.taken += 1
+            if size <= room:
+                taken.append(line)
+                room -= size
+            else:
+                too_long += 1
         return taken, too_long
 
     def clear(self) -> int:
         """Drop all that waits; the number of lines."""
-        with self._lock:
-            lines, self._lines = self._lines, deque()
-            dropped = len(lines)
-            size = sum(map(len, lines)) + dropped
-            self.bytes -= size
-            self.dropped += dropped
+        dropped = 0
+        for _ in range(len(self._lines)):
+            dropped += self._drop()
         return dropped
+
+    def _drop(self) -> bool:
+        """Drop the oldest line; whether there was one."""
+        try:
+            line = self._lines.popleft()
+        except IndexError:
+            return False
+        size = len(line) + 1
+        self.bytes -= size
+        self.dropped += 1
+        return True
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __repr__(self) -> str:
         return f"<Buffer lines={len(self)}/{self.max_lines} bytes={self.bytes}/{self.max_bytes}>"
-
-
-def pack(lines: deque[bytes], max_lines: int, max_bytes: int) -> tuple[list[bytes], int, int]:
-    """Take whole lines from the left that make one payload when joined by newlines.
-
-    Returns:
-        The lines; how many were discarded because one alone is longer than ``max_bytes``; and
-        how many bytes left ``lines`` altogether, a newline counted for each line.
-    """
-    taken: list[bytes] = []
-    too_long = 0
-    gone = 0
-    room = max_bytes + 1
-    while lines and len(taken) < max_lines:
-        line = lines.popleft()
-        size = len(line) + 1
-        if size <= room:
-            taken.append(line)
-            room -= size
-        elif size <= max_bytes + 1:
-            lines.appendleft(line)
-            break
-        else:
-            too_long += 1
-        gone += size
-    return taken, too_long, gone
 
 
 #: As quick as can be here. Both are held to the same tests.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 
@@ -344,6 +347,49 @@ def test_flushes_at_once_each_get_their_answer(gate: Gate, make) -> None:
 
     assert answers == [(True, True)] * 160
     assert setup.counted() == {"sent": 160, "payloads": 160}
+
+
+@pytest.mark.parametrize("who", ["the batcher", "a flush"])
+def test_who_is_stopped_anywhere_keeps_no_other_thread_waiting(who: str, gate: Gate, make) -> None:
+    """So may a signal's handler do that waits for others, as Celery's do."""
+    stops, stuck = 0, []
+    made: list[Setup] = []
+
+    def use() -> None:
+        made[0].buffer.put([b"other"])
+        made[0].batcher.wake()
+        made[0].batcher.flush(0)
+
+    def stop(frame: FrameType, event: str, _: object) -> None:
+        nonlocal stops
+        stack = {each.f_code for each, _ in traceback.walk_stack(frame)}
+        here = stack & {Batcher.flush.__code__, Batcher._run.__code__}
+        if not made or stops > 300 or stuck or not here or use.__code__ in stack:
+            return
+        stops += 1
+        other = threading.Thread(target=use, daemon=True)
+        other.start()
+        other.join(5)
+        if other.is_alive():
+            stuck.append((frame.f_code.co_name, event))
+
+    if who == "the batcher":
+        threading.setprofile(stop)
+    setup = make(gate)
+    made.append(setup)
+    if who == "the batcher":
+        setup.batcher.wake()
+        wait_for(lambda: stops > 300 or stuck, 30, "the batcher comes along")
+        threading.setprofile(None)
+    else:
+        gate.open.clear()
+        setup.buffer.put([b"mine"])
+        sys.setprofile(stop)
+        setup.batcher.flush(0.05)
+        sys.setprofile(None)
+
+    assert stuck == []
+    assert stops > 10
 
 
 def test_flush_ends_at_once_where_close_drops_what_it_waits_for(gate: Gate, make) -> None:

@@ -6,7 +6,6 @@ import random
 import signal
 import threading
 import tracemalloc
-from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from celery_influx.buffer import Buffer as PythonBuffer
-from celery_influx.buffer import pack
 from celery_influx.speedups import extension
 
 BUFFERS = [PythonBuffer, *([extension.Buffer] if extension else [])]
@@ -125,38 +123,43 @@ def test_repr_tells_how_full_it_is(Buffer: type[PythonBuffer]) -> None:
     assert repr(buffer) == "<Buffer lines=1/3 bytes=4/50>"
 
 
+@both
 @settings(deadline=None)
 @given(
     lines=st.lists(st.binary(max_size=30), max_size=40),
     max_lines=st.integers(1, 10),
     max_bytes=st.integers(1, 100),
 )
-def test_packing_all_gives_whole_lines_in_order_and_never_too_many(
-    lines: list[bytes], max_lines: int, max_bytes: int
+def test_taking_all_gives_whole_lines_in_order_and_never_too_many(
+    Buffer: type[PythonBuffer], lines: list[bytes], max_lines: int, max_bytes: int
 ) -> None:
-    waiting = deque(lines)
-    payloads, too_long, gone = [], 0, 0
+    buffer = Buffer(1_000, 100_000)
+    buffer.put(lines)
+    payloads, too_long = [], 0
 
-    while waiting:
-        taken, refused, freed = pack(waiting, max_lines, max_bytes)
+    while len(buffer):
+        taken, refused = buffer.take(max_lines, max_bytes)
         assert taken or refused
         payloads.append(taken)
         too_long += refused
-        gone += freed
 
     assert all(len(payload) <= max_lines for payload in payloads)
     assert all(len(b"\n".join(payload)) <= max_bytes for payload in payloads)
     fitting = [line for line in lines if len(line) <= max_bytes]
     assert [line for payload in payloads for line in payload] == fitting
     assert too_long == len(lines) - len(fitting)
-    assert gone == size(lines)
+    assert buffer.bytes == 0
 
 
-def test_a_line_longer_than_a_payload_is_refused_and_its_neighbours_are_not() -> None:
-    waiting = deque([b"ab", b"0123456789", b"cd", b"ef"])
+@both
+def test_a_line_longer_than_a_payload_is_refused_and_its_neighbours_are_not(
+    Buffer: type[PythonBuffer],
+) -> None:
+    buffer = Buffer(1_000, 100_000)
+    buffer.put([b"ab", b"0123456789", b"cd", b"ef"])
 
-    assert pack(waiting, 10, 5) == ([b"ab", b"cd"], 1, 3 + 11 + 3)
-    assert list(waiting) == [b"ef"]
+    assert buffer.take(10, 5) == ([b"ab", b"cd"], 1)
+    assert buffer.take(10, 5) == ([b"ef"], 0)
 
 
 @pytest.mark.parametrize("max_lines", [1_000_000, 50])
@@ -241,6 +244,31 @@ def test_a_put_from_inside_a_put_or_a_take_neither_blocks_nor_spoils_the_count(
     assert len(buffer) <= max_lines
     left = list(buffer._lines)
     assert buffer.bytes == sum(bytes.__len__(line) + 1 for line in left)
+
+
+class Waiting(bytes):
+    """A line that, whenever its length is asked for, waits for another thread to put one."""
+
+    buffer: PythonBuffer
+
+    def __len__(self) -> int:
+        other = threading.Thread(target=Waiting.buffer.put, args=([b"other"],), daemon=True)
+        other.start()
+        other.join(5)
+        assert not other.is_alive(), "it waits for this thread"
+        return super().__len__()
+
+
+def test_who_is_stopped_in_the_middle_of_a_put_or_a_take_keeps_no_other_thread_waiting() -> None:
+    buffer = Waiting.buffer = PythonBuffer(3, 1_000)
+
+    for line in (b"a", b"b", b"c"):
+        buffer.put([Waiting(line)])
+    taken, _ = buffer.take(2, 100)
+    buffer.clear()
+
+    assert buffer.put_lines == buffer.dropped + len(taken) + len(buffer) > 6
+    assert len(buffer) <= 3
 
 
 @both
