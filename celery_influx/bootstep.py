@@ -47,18 +47,17 @@ class InfluxStep(bootsteps.StartStopStep):
         if self.influx.watches_runs or self.influx.is_green:
             verdicts.watch(parent.app)
         _watch_decoding(parent.consumer)
-        what = "task runs, " if self.influx.options.task_points else ""
+        logger.info("celery_influx: %s", "; ".join(map(self._line, self.influx)))
         for database in self.influx:
-            logger.info(
-                "celery_influx: %s → %s (%stimed, send_data)",
-                database.name,
-                database.address,
-                what,
-            )
             probe = threading.Thread(
                 target=_probe, args=(database,), name="celery_influx probe", daemon=True
             )
             probe.start()
+
+    def _line(self, database: Database) -> str:
+        tasks = self.influx.records_tasks and database is self.influx.default
+        what = "task runs, timed, send_data" if tasks else "timed, send_data"
+        return f"{database.name} → {database.address} ({what})"
 
     def stop(self, parent: Any) -> None:
         """Nothing: tasks still run. ``worker_shutdown`` comes when the last one has ended."""

@@ -235,6 +235,8 @@ class Database:
         again.
         """
         with self._starting:
+            if self._batcher is None and len(self._buffer):
+                self._start()  # which failed before, or is just to come
             batcher, self._batcher = self._batcher, None
             self._accept = self._send
             self._closing = self._closing or batcher is not None
@@ -242,7 +244,7 @@ class Database:
         if client:
             client.close()
         if batcher is None:
-            return True
+            return not self._closing and self._drop_unstarted()
         try:
             return batcher.close(timeout)
         finally:
@@ -253,6 +255,18 @@ class Database:
                 self._transport = None
                 if len(self._buffer):
                     self._start()  # for what came after its last look
+
+    def _drop_unstarted(self) -> bool:
+        """Where no thread can be started, even now, drop what waits; whether that is nothing."""
+        dropped = self._buffer.clear()
+        if dropped:
+            self._counters[DROPPED] += dropped
+            logger.warning(
+                "%s: %d lines were dropped at the end: no thread could be started to send them",
+                self.name,
+                dropped,
+            )
+        return not dropped
 
     def stats(self) -> dict[str, int]:
         """What became of every point: counter to count, as ``counters.COUNTERS`` explains.

@@ -387,8 +387,14 @@ def _parse_url(
         values["username"] = unquote(parts.username)
     if parts.password:
         values["password"] = unquote(parts.password)
-    if parts.path.strip("/"):
-        values["database"] = unquote(parts.path.strip("/"))
+    path = parts.path.strip("/")
+    if "/" in path:
+        mistakes.append(
+            f"{where}: a URL's path is the database, and this one has a '/' in it; "
+            "expected http://host:8086/database, and %2F where the name has one"
+        )
+    elif path:
+        values["database"] = unquote(path)
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
         if key not in known:
             hint = _did_you_mean(key, known)

@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.local import Proxy
 from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 
-from celery_influx.batcher import is_green
+from celery_influx.batcher import Batcher, is_green
 from celery_influx.counters import DROPPED, Counters
 from celery_influx.database import Database
 from celery_influx.errors import ConfigError
@@ -30,7 +32,6 @@ from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
 from celery_influx.task_points import Facts, point_of, quick_run_line, tags_of
 from celery_influx.timing import Timer
-from celery_influx.transports import load as load_module
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 #: A topic exchange has keys without bound.
 _MOST_ROUTES = 1_000
 #: Nor have the names of tasks and exceptions.
@@ -70,7 +72,7 @@ def install(app: Celery) -> Influx:
         atexit.register(_at_exit)
         signals.connect()
         if is_green():
-            load_module("requests")  # later it would stop the hub for as long
+            import_module("requests")  # later it would stop the hub for as long
     _installed.append(influx)
     return influx
 
@@ -84,6 +86,14 @@ def find(app: Celery | None) -> Influx | None:
     """The plugin of ``app``, where it has one."""
     found = getattr(app, "influx", None)
     return found if isinstance(found, Influx) else None
+
+
+class _cached(cached_property[_T]):  # noqa: N801 - a decorator
+    """Without the lock of Python 3.10 and 3.11: a child forked meanwhile would wait for it."""
+
+    def __init__(self, find: Callable[[Any], _T]) -> None:
+        super().__init__(find)
+        self.lock = nullcontext()
 
 
 class Influx:
@@ -127,10 +137,13 @@ class Influx:
                 f"no database {name!r} in influx_databases; expected one of {expected}"
             ) from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._open()
+
     def __iter__(self) -> Iterator[Database]:
         return iter(self._open().values())
 
-    @cached_property
+    @_cached
     def default(self) -> Database:
         """The database that ``influx_default_database`` names."""
         return self._open()[self.options.default_database]
@@ -178,11 +191,17 @@ class Influx:
         relayed = True
         if self._worker and self._worker.is_own():
             relayed = self._worker.close_relay(limit)
+            self._worker.ends = deadline
         # All are told first, so that one hung server does not use up the others' time.
         for database in self:
             database.finish(deadline)
         closed = [database.close(max(0.0, deadline - time.monotonic())) for database in self]
         return relayed and all(closed)
+
+    def time_to_exit(self) -> float | None:
+        """Seconds that ``close`` has at exit, for points that came after a worker's shutdown."""
+        ends = self._worker.ends if self._worker and self._worker.is_own() else None
+        return None if ends is None else max(Batcher.AFTERWARDS, ends - time.monotonic())
 
     def __repr__(self) -> str:
         names = list(self._databases) if self._databases is not None else "not opened yet"
@@ -317,7 +336,7 @@ class Influx:
             frame = verdict_frame(pid, run_id, state, exception, facts)
             self._worker.relay.put(0, frame, VERDICT)
 
-    @cached_property
+    @_cached
     def records_tasks(self) -> bool:
         """Whether runs of tasks are written."""
         options = self.options
@@ -413,6 +432,7 @@ class _Worker:
         self.counters = counters
         self.relay = relay
         self.slot = random.randrange(SLOTS)  # noqa: S311 - of row 0; each row has the next one
+        self.ends: float | None = None  # by `time.monotonic`: when it was to be closed by
         self._pid = os.getpid()
         self._generation = 0
 
@@ -509,4 +529,4 @@ def _after_fork() -> None:
 
 def _at_exit() -> None:
     for influx in _installed:
-        influx.close()
+        influx.close(influx.time_to_exit())

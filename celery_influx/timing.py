@@ -245,8 +245,9 @@ def current_influx() -> Influx | None:
     if found is None:
         _report.warn(
             "no plugin",
-            "timed: Celery's current app %r has no celery_influx plugin, so no point is written; "
+            "timed: %s app %r has no celery_influx plugin, so no point is written; "
             "call celery_influx.install(app), or use app.influx.timed(...)",
+            "the running task's" if current_task else "Celery's current",
             app.main,
         )
     return found

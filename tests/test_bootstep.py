@@ -72,10 +72,10 @@ def test_it_says_what_it_does_and_shows_its_account(
 
     log = worker.log()
     said = [line.partition("] ")[2] for line in log.splitlines() if "] celery_influx: " in line]
-    what = "(task runs, timed, send_data)"
+    first = f"metrics → http://127.0.0.1:{influxd.http_port}/{database}"
+    second = f"second → udp://127.0.0.1:{influxd.udp_port}"
     assert said == [
-        f"celery_influx: metrics → http://127.0.0.1:{influxd.http_port}/{database} {what}",
-        f"celery_influx: second → udp://127.0.0.1:{influxd.udp_port} {what}",
+        f"celery_influx: {first} (task runs, timed, send_data); {second} (timed, send_data)"
     ]
     assert "geheim" not in log + run.stdout
     shown = json.loads(run.stdout)[worker.name]["influx"]

@@ -766,6 +766,25 @@ def test_where_no_thread_can_be_started_points_wait_and_it_is_said(
     assert account(database) == {"points": 4, "sent": 4}
 
 
+def test_close_drops_counts_and_says_what_waits_where_no_thread_can_be_started(
+    make, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = make()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        database.send_data([WHOLE] * 3)
+        assert database.close(0.1) is False
+        assert database.close(0.1) is True
+    assert account(database) == {"points": 3, "dropped": 3}
+    assert caplog.messages[-1] == (
+        "m: 3 lines were dropped at the end: no thread could be started to send them"
+    )
+
+
 def test_a_finaliser_that_sends_while_it_starts_does_not_start_a_second_batcher(
     make, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -525,6 +525,13 @@ def test_every_option_can_be_said_in_a_url() -> None:
             for url in ("http://u:1#p@h", "http://u:1/p@h", "http://u:1?p@h", "udp://h#x")
         ),
         (
+            "http://proxy/influx/db",
+            (
+                "influx_databases['m']: a URL's path is the database, and this one has a '/' in "
+                "it; expected http://host:8086/database, and %2F where the name has one"
+            ),
+        ),
+        (
             "udp://h:0",
             (
                 "influx_databases['m']['udp_port']: expected a whole number at least 1 and at most "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+import time
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +106,8 @@ def test_djangos_settings_for_other_libraries_are_none_of_ours(receiver: Receive
     influx = celery_influx.install(app)
 
     assert [database.name for database in influx] == ["main"]
+    assert "main" in influx
+    assert "other" not in influx
 
 
 def test_install_again_changes_nothing() -> None:
@@ -374,7 +380,7 @@ def test_a_fork_in_the_middle_of_many_threads_points_does_not_hang_the_child(
     for thread in threads:
         thread.start()
     try:
-        for _ in range(20):
+        for _ in range(6):
             child = os.fork()
             if child == 0:
                 try:
@@ -389,7 +395,69 @@ def test_a_fork_in_the_middle_of_many_threads_points_does_not_hang_the_child(
         for thread in threads:
             thread.join()
 
-    assert len(receiver.points("child", at_least=20)) == 20
+    assert len(receiver.points("child", at_least=6)) == 6
+
+
+class StopsWhereItIsRead(UserDict[str, Any]):
+    """A configuration that keeps the thread waiting that reads it first."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.read, self.go, self.parent = threading.Event(), threading.Event(), os.getpid()
+
+    def __iter__(self) -> Iterator[str]:
+        if os.getpid() == self.parent:
+            self.read.set()
+            assert self.go.wait(20)
+        return super().__iter__()
+
+
+def test_a_fork_in_the_middle_of_the_first_look_at_the_configuration_does_not_hang_the_child(
+    receiver: Receiver,
+) -> None:
+    databases = StopsWhereItIsRead({"main": receiver.url})
+    influx = celery_influx.install(make_app(influx_databases=databases))
+
+    def send(who: str) -> bool:
+        influx.send_data({"measurement": who, "fields": {"f": 1}})
+        return influx.flush(5)
+
+    thread = threading.Thread(target=send, args=("parent",))
+    thread.start()
+    assert databases.read.wait(10)
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(8, exit=True, file=2)
+        os._exit(0 if send("child") else 2)
+    _, status = os.waitpid(child, 0)
+    databases.go.set()
+    thread.join(10)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    for who in ("parent", "child"):
+        assert len(receiver.points(who, at_least=1)) == 1
+
+
+def test_a_point_that_comes_after_a_workers_end_does_not_hold_up_its_exit() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen()
+        url = f"http://127.0.0.1:{hole.getsockname()[1]}/m?http_timeout=600"
+        influx = celery_influx.install(
+            make_app(influx_databases={"m": url}, influx_shutdown_timeout=0.5)
+        )
+        influx.start_worker("worker@host", "threads")
+        influx.start()
+        influx.close()
+        influx.send_data({"measurement": "late", "fields": {"f": 1}})
+
+        began = time.monotonic()
+        influx.close(influx.time_to_exit())
+        assert time.monotonic() - began < 1
+
+        influx.start_worker("worker@host", "threads")
+        assert influx.time_to_exit() is None
+        influx.close(0)
 
 
 def test_a_point_after_close_opens_it_again(receiver: Receiver) -> None:

@@ -494,9 +494,19 @@ def _call_a_shared_task() -> None:
     assert timed_shared(4) == 4
 
 
-@pytest.mark.parametrize("use", [_time_a_block, _run_a_shared_task, _call_a_shared_task])
+@pytest.mark.parametrize(
+    ("use", "whose"),
+    [
+        (_time_a_block, "Celery's current"),
+        (_run_a_shared_task, "the running task's"),
+        (_call_a_shared_task, "the running task's"),
+    ],
+)
 def test_where_the_current_app_has_no_plugin_one_warning_says_so(
-    use: Callable[[], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    use: Callable[[], None],
+    whose: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     without = Celery("lonely", broker="memory://", backend="cache+memory://")
     without.set_default()
@@ -510,7 +520,7 @@ def test_where_the_current_app_has_no_plugin_one_warning_says_so(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        "timed: Celery's current app 'lonely' has no celery_influx plugin, so no point is "
+        f"timed: {whose} app 'lonely' has no celery_influx plugin, so no point is "
         "written; call celery_influx.install(app), or use app.influx.timed(...)"
     )
 
