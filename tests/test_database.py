@@ -29,7 +29,7 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.relay import Relay
 from celery_influx.runs import Runs
-from celery_influx.stamps import Stamps
+from celery_influx.stamps import Stamps, make_stamps
 from celery_influx.transports.http import HTTPClient
 from tests.servers import Influxd, free_port, wait_for
 from tests.test_relay import exit_code, fork, open_files
@@ -510,9 +510,9 @@ def test_the_first_points_of_many_threads_at_once_are_all_counted_and_sent(
 ) -> None:
     def slow_stamps(slot: int) -> Stamps:
         time.sleep(0.005)  # so that the others come while the first one sets out
-        return Stamps(slot)
+        return make_stamps(slot)
 
-    monkeypatch.setattr("celery_influx.database.Stamps", slow_stamps)
+    monkeypatch.setattr("celery_influx.database.make_stamps", slow_stamps)
     for round_ in range(20):
         database = make(flush_interval=3_600.0)
         start = threading.Barrier(8)
