@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +31,8 @@ FILES = 40
 #: One run of each task for each file, and a report on each batch of at most 25 files.
 REPORTS = 2
 COMMAND = [sys.executable, "-m", "example_project"]
+#: By its path, for the example is run from its folder and not installed.
+tables = SimpleNamespace(**runpy.run_path(str(ROOT / "example_project" / "tables.py")))
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("INFLUX", "BROKER")}
 
 
@@ -111,6 +115,52 @@ def check_tables(output: str) -> None:
     assert int(worker[0]) + int(program[0]) == int(worker[1]) + int(program[1]) == total
     assert worker[2:] == program[2:] == ["0", "0", "0"]
     assert f"\n{total:,} points made, {total:,} received: none lost.\n" in output
+
+
+def test_the_table_of_tasks_has_each_number_in_its_column() -> None:
+    # Each differs from all others; the run that was retried has no wait, as a killed one has not.
+    runs = [
+        {"runtime": number / 10, "wait": number * 4.0, "state": "SUCCESS"}
+        for number in range(1, 20)
+    ]
+    runs[3]["state"] = runs[5]["state"] = "FAILURE"
+    runs.append({"runtime": 2.0, "state": "RETRY"})
+    rows = [{"measurement": "celery_task", "task": "shop.resize", **run} for run in reversed(runs)]
+    once = {"measurement": "celery_task", "task": "shop.once", "state": "REVOKED", "wait": 0.0015}
+
+    table = lines_of(tables.of_tasks([*rows, once, {"measurement": "words", "total": 3}]))
+
+    assert table == {
+        "runtime": ["(ms)", "wait", "(ms)"],
+        "task": ["runs", "failed", "retried", "median", "95 %", "median", "95 %"],
+        # 95 %: so far along the sorted runs, from the first to the last; of waits there are 19.
+        "resize": ["20", "2", "1", "1,050", "1,905", "40,000", "72,400"],
+        "once": ["1", "0", "0", "0", "0", "1.5", "1.5"],
+        "wait: in the queue, free to run.": ["95 %: so many took this long or less."],
+    }
+
+
+def test_the_tables_of_points_and_of_the_account_have_each_number_in_its_column() -> None:
+    timed = [
+        {"measurement": "timed", "timer": "read", "outcome": outcome, "runtime": runtime, "time": 9}
+        for outcome, runtime in (("success", 0.004), ("error", 0.001), ("success", 0.002))
+    ]
+    own = [{"measurement": "words", "host": "here", "total": n, "seen": n / 8} for n in (500, 700)]
+    counted = {"points": 6, "sent": 5, "dropped": 4, "lost": 3, "rejected": 2, "queued": 1}
+
+    points = lines_of(tables.of_points([*timed, *own, {"measurement": "celery_task"}]))
+    account = lines_of(tables.of_account({"the worker": counted, "arrived": {"received": 7}}))
+
+    assert points == {
+        "points of your own": ["count", "errors", "median of each field"],
+        "timed read": ["3", "1", "runtime 2 ms"],
+        "words": ["2", "seen 75, total 600"],
+    }
+    assert account == {
+        "account": ["made", "sent", "dropped", "lost", "rejected", "received"],
+        "the worker": ["6", "5", "4", "3", "2"],
+        "arrived": ["7"],
+    }
 
 
 def test_the_demo_needs_no_server_and_every_point_arrives(tmp_path: Path) -> None:
