@@ -16,11 +16,17 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from kombu.utils.url import maybe_sanitize_url
 
-from celery_influx import Influx, InfluxError
+from celery_influx import Influx, InfluxError, QueryError
 from celery_influx.listener import Listener
+from celery_influx.transports.udp import UDPPool
 from example_project.tables import Row
 
 STALLED = 60.0  # seconds without any progress
+FIRST_POINT = 5.0  # seconds for its way: influxd writes by UDP after one second, as it is set
+NAMED_BY_THE_SERVER = (
+    "over UDP the server's [[udp]] section names the database: put that at the end of INFLUX, "
+    "as in udp://localhost:8089/telegraf"
+)
 
 
 class FailedError(Exception):
@@ -117,14 +123,25 @@ class InfluxDB:
         self._since = time.time_ns()
 
     def __enter__(self) -> "InfluxDB":
-        """Look whether it answers, and make its database where points go there by HTTP."""
+        """Look whether it answers, and make its database: by UDP a first point does that."""
         options = self._influx.default.options
         self.name = f"InfluxDB {self._influx.ping().version} at {self._influx.default.address}"
         if options.transport == "http":
             with contextlib.suppress(InfluxError):  # it may exist, and this user not be allowed to
                 self._influx.post(f'CREATE DATABASE "{options.database}"')
-        self.rows(["celery_task"])  # fails now, and not at the end
-        return self
+        else:
+            UDPPool(options).write(b"example_project started=1i")
+        until = time.monotonic() + FIRST_POINT
+        while True:
+            try:
+                self.rows(["celery_task"])  # fails now, and not at the end
+                return self
+            except QueryError as error:
+                if options.transport == "http":
+                    raise
+                if time.monotonic() > until:
+                    raise FailedError(f"{error}; {NAMED_BY_THE_SERVER}") from None
+                time.sleep(0.1)
 
     def __exit__(self, *_: object) -> None:
         """Leave what was written."""

@@ -168,6 +168,7 @@ class Influxd(Server):
         tls: (certificate, key) files: HTTP becomes HTTPS.
         udp_precision: The unit in which UDP timestamps are read: "", "u", "ms" or "s".
         udp: Without it nobody listens on ``udp_port``, as in an InfluxDB that was just installed.
+        make_database: Not to wait for the first datagram, at which influxd makes it.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class Influxd(Server):
         udp_precision: str = "",
         max_body_size: int = 25_000_000,
         udp: bool = True,
+        make_database: bool = True,
     ) -> None:
         super().__init__(folder)
         self.program = find("influxd")
@@ -191,6 +193,7 @@ class Influxd(Server):
         self.tls = tls
         self.max_body_size = max_body_size
         self.udp = udp
+        self.make_database = make_database and not auth
 
     def command(self) -> list[str]:
         tls = ""
@@ -240,8 +243,7 @@ precision = "{self.udp_precision}"
 
     def start(self) -> None:
         super().start()
-        if not self.auth:
-            # The UDP service makes its database only at the first datagram.
+        if self.make_database:
             self.query(f'CREATE DATABASE "{self.udp_database}"')
 
     @property

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import celery
 import pytest
 
 import celery_influx
@@ -167,6 +168,27 @@ def test_each_row_of_what_is_lost_when_names_a_test_that_is_there() -> None:
     assert len(rows) > 20
     assert [row for row, names in zip(rows, named, strict=True) if not names] == []
     assert [name for names in named for name in names if f"def {name}(" not in tests] == []
+
+
+def test_the_demo_asks_the_database_that_the_udp_section_names() -> None:
+    section = (ROOT / "docs/how-to/enable-udp.md").read_text()
+    (named,) = re.findall(r'^ +database = "(.*?)"', section, re.MULTILINE)
+    (url,) = re.findall(r"`make demo INFLUX=(\S+)", (ROOT / "README.md").read_text())
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "from example_project.app import app; print(app.influx.default.options.database)",
+        ],
+        env={**os.environ, "PYTHONPATH": PATH, "INFLUX": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    app = celery.Celery(set_as_current=False)
+
+    assert done.stdout.strip() == named, done.stderr
+    assert celery_influx.install(app).default.options.database == named
 
 
 def test_the_reference_tables_are_what_the_code_says() -> None:

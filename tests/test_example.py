@@ -173,12 +173,14 @@ def test_the_demo_needs_no_server_and_every_point_arrives(tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-def test_the_same_table_is_made_of_what_influxd_took_by_udp(
-    tmp_path: Path, influxd: Influxd, redis_server: Redis
+def test_the_same_table_is_made_of_what_a_new_influxd_took_by_udp(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, redis_server: Redis
 ) -> None:
-    url = f"udp://127.0.0.1:{influxd.udp_port}/celery?http_port={influxd.http_port}"
+    # Without the database: influxd makes it at the first point.
+    with Influxd(tmp_path_factory.mktemp("influxd"), make_database=False) as influxd:
+        url = f"udp://127.0.0.1:{influxd.udp_port}?http_port={influxd.http_port}"
 
-    done = run(tmp_path, "--files", str(FILES), INFLUX=url, BROKER=redis_server.url)
+        done = run(tmp_path, "--files", str(FILES), INFLUX=url, BROKER=redis_server.url)
 
     assert done.returncode == 0, done.stdout + done.stderr
     check_tables(done.stdout)
@@ -212,6 +214,19 @@ def test_points_that_do_not_arrive_are_counted_and_fail_the_run(
     made = int(lines_of(done.stdout)["the tasks' own count"][0])
     assert made > 4 * 4
     assert f"0 received: {made} ARE MISSING" in done.stdout
+
+
+@pytest.mark.long
+def test_a_database_that_the_server_does_not_write_to_is_said_with_the_mend(
+    tmp_path: Path, influxd: Influxd
+) -> None:
+    url = f"udp://127.0.0.1:{influxd.udp_port}/other?http_port={influxd.http_port}"
+
+    done = run(tmp_path, INFLUX=url)
+
+    assert done.returncode == 1
+    assert "FAILED: the server answered: database not found: other; over UDP" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
