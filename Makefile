@@ -21,12 +21,7 @@ demo: $(VENV)/.demo $(if $(findstring redis,$(BROKER)),$(VENV)/.redis)
 	@$(BIN)/python -m example_project $(ARGS)
 
 test: $(VENV)/.test
-	@sh scripts/install-servers.sh || { \
-		for server in influxd redis-server rabbitmq-server victoria-metrics; do \
-			PATH="$$PATH:/usr/sbin" command -v $$server >/dev/null || \
-				echo "$$server is not installed: tests that need it are skipped"; \
-		done; \
-		echo 'To install the servers: sh scripts/install-servers.sh (Debian, Ubuntu; as root)'; }
+	@sh scripts/install-servers.sh || true # it says which tests are skipped then
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.lint
