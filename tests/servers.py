@@ -1,12 +1,13 @@
 """Real servers for tests: each on free ports of 127.0.0.1, with a data folder of its own.
 
-A server that is not installed skips the test with the command that mends it; in CI
+A server, or a library, that is not installed skips the test with the command that mends it; in CI
 (``CI=true``) it fails the test instead.
 """
 
 from __future__ import annotations
 
 import http.client
+import importlib
 import os
 import random
 import shutil
@@ -16,21 +17,34 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
 import pytest
 
 MEND = "sh scripts/install-servers.sh"
 
 
+def missing(what: str) -> NoReturn:
+    """End this test: it cannot run here, and in CI it must."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
 def find(program: str) -> str:
     """The path of ``program``, or the end of this test."""
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin")
-    if path:
-        return path
-    message = f"{program} is not installed; to install the servers: {MEND}"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+    return path or missing(f"{program} is not installed; to install the servers: {MEND}")
+
+
+def load(library: str) -> Any:
+    """The Python library, or the end of this test."""
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        missing(
+            f"{library} is not installed ({error}); to install the test's: pip install '.[test]'"
+        )
 
 
 def _below_ephemeral() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import find
+from tests.servers import find, load
 
 pytestmark = pytest.mark.once
 
@@ -30,9 +30,9 @@ def rows(output: str) -> dict[str, str]:
 
 
 def test_send_data_is_measured_beside_every_peer():
-    pytest.importorskip("datadog")
-    pytest.importorskip("statsd")
-    pytest.importorskip("influxdb_client")
+    load("datadog")
+    load("statsd")
+    load("influxdb_client")
 
     output = run("send_data", "--rounds", "2", "--size", "50")
 
@@ -65,7 +65,7 @@ def test_send_data_is_measured_beside_every_peer():
     ids=["task", "stalls", "influxd"],
 )
 def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[str], bound: str):
-    pytest.importorskip("opentelemetry.instrumentation.celery")
+    load("opentelemetry.instrumentation.celery")
     find("influxd")
 
     output = run(part, "--rounds", "2", "--size", str(size))
@@ -77,7 +77,7 @@ def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[st
 @pytest.mark.long
 def test_every_worker_variant_is_measured_and_really_watched():
     find("redis-server")
-    pytest.importorskip("opentelemetry.instrumentation.celery")
+    load("opentelemetry.instrumentation.celery")
 
     output = run("worker", "--rounds", "1", "--size", "40")
 

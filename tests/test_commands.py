@@ -1,13 +1,17 @@
-"""`make test` on a machine where the servers are missing and may not be installed."""
+"""What is missing: what `make test` says of it, and that in CI nothing may be."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.integration.worker import skip_without
+from tests.servers import find, load, missing
 
 pytestmark = pytest.mark.once
 
@@ -71,9 +75,7 @@ def test_what_cannot_be_installed_is_said_with_the_command_that_mends_it(
 
 
 def test_make_test_runs_the_tests_all_the_same(tmp_path: Path) -> None:
-    make = shutil.which("make")
-    if not make:
-        pytest.skip("make is not installed; apt install make")
+    make = shutil.which("make") or missing("make is not installed; apt install make")
     environment = bare(tmp_path, sh='exec /bin/sh "$@"', id="echo 1000", apt_get="", sudo="exit 1")
     (tmp_path / "bin").mkdir()
     bare(tmp_path / "bin", python='echo "python $*"')
@@ -100,3 +102,15 @@ def test_a_machine_that_has_them_all_is_left_alone(tmp_path: Path) -> None:
     )
 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("look", [find, load, skip_without])
+def test_what_is_missing_skips_a_test_and_fails_it_in_ci(
+    look: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "no_such_thing"
+
+    for ci, end in (("", pytest.skip.Exception), ("true", pytest.fail.Exception)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(end, match=f"{name} is not installed"):
+            look(name)

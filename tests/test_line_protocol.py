@@ -18,6 +18,7 @@ from celery_influx.errors import DecodeError, FieldError, PointError
 from celery_influx.line_protocol import Encoder, encode
 from celery_influx.line_reader import MAX_TIME, MIN_TIME, decode, parse
 from celery_influx.point import Point, Precision
+from tests.servers import load
 
 F = {"f": 1.5}
 
@@ -77,7 +78,7 @@ def test_a_field_value_is_written_by_what_it_is(value: object, text: bytes) -> N
 
 
 def test_numpy_scalars_are_written_as_what_they_hold() -> None:
-    np = pytest.importorskip("numpy")
+    np = load("numpy")
     values = {
         "a": np.float64(0.1), "b": np.float32(0.5), "c": np.int64(2), "d": np.uint8(3),
         "e": np.bool_(True), "g": np.str_("x"), "h": np.array(4),

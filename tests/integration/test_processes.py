@@ -26,7 +26,7 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.integration.worker import Worker, alive, children, environment
+from tests.integration.worker import Worker, alive, children, environment, skip_without
 from tests.servers import Influxd, answers, free_port, wait_for
 
 # As in apps/processes.py.
@@ -186,8 +186,9 @@ def test_web_processes_lose_no_point_and_send_none_twice(
     store: redis.Redis,
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("gunicorn")
-    pytest.importorskip(worker if worker == "gevent" else "gunicorn")
+    skip_without("gunicorn")
+    if worker == "gevent":
+        skip_without(worker)
     # Some batches go out while they serve, the rest at their end.
     url = f"http://127.0.0.1:{tap.port}/{database}?flush_interval=60&batch_size=64"
     config["influx_databases"] = {"metrics": url}

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pytest
 from celery import Celery
 
 import celery_influx
-from tests.servers import wait_for
+from tests.servers import missing, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -237,7 +236,6 @@ def stats(app: Celery, worker: Worker) -> dict[str, dict[str, int]]:
 @cache
 def skip_without(library: str) -> None:
     """Only looked for: imported, it would be there in all of the other tests."""
-    pytest.importorskip("greenlet")
     found = subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True)
     if found.returncode:
-        pytest.skip(f"{library} is not installed; pip install {library}")
+        missing(f"{library} is not installed; pip install {library}")

@@ -20,7 +20,7 @@ import pytest
 import redis
 from celery import Celery
 
-from tests.integration.worker import Worker, children, environment, stats
+from tests.integration.worker import Worker, children, environment, skip_without, stats
 from tests.servers import Influxd, answers, free_port, wait_for
 
 pytestmark = pytest.mark.long
@@ -92,7 +92,7 @@ def test_web_processes_overwrite_only_what_has_one_slot_and_one_microsecond(
     store: redis.Redis,
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("gunicorn")
+    skip_without("gunicorn")
     url = f"http://127.0.0.1:{influxd.http_port}/{database}?queue_size=200000&http_timeout=60"
     port = free_port()
     command = [
