@@ -383,7 +383,7 @@ def restarts(times: int, pool: str, broker: str, url: str, plugin: str = "yes") 
         env=environment(broker, config, PLUGIN=plugin),
         capture_output=True,
         text=True,
-        timeout=100 if pool == "solo" else 800,
+        timeout=800 if pool == "prefork" else 100,
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])  # above it, Celery says what it was told
@@ -402,13 +402,16 @@ def growth(found: dict[str, Any]) -> Counter[str]:
     "pool",
     [
         "solo",
+        *(pytest.param(pool, marks=pytest.mark.long) for pool in ("threads", *GREEN)),
         pytest.param("prefork", marks=[pytest.mark.long, pytest.mark.timeout(1_200)]),
     ],
 )
 def test_200_starts_and_stops_in_one_process_leave_nothing_behind(pool: str, broker: str) -> None:
+    if pool in GREEN:
+        skip_without(pool)
     with Listener() as listener:
         url = f"http://127.0.0.1:{listener.http_port}/celery?flush_interval=60"
-        if pool == "solo":
+        if pool != "prefork":
             found, left_by_celery = restarts(200, pool, "memory://", url), Counter[str]()
         else:
             found = restarts(200, pool, broker, url)

@@ -1,17 +1,28 @@
 """One process in which a worker starts and stops many times: what it leaves behind.
 
-Arguments: how many times, and the pool: solo or prefork. With ``PLUGIN=no`` in the environment it
-has no plugin. Prints JSON.
+Arguments: how many times, and the pool. With ``PLUGIN=no`` in the environment it has no plugin.
+Prints JSON.
 """
 
 from __future__ import annotations
+
+import sys
+
+# Before anything else is imported, as both libraries want it.
+if sys.argv[2] == "gevent":
+    from gevent import monkey
+
+    monkey.patch_all()
+elif sys.argv[2] == "eventlet":
+    import eventlet
+
+    eventlet.monkey_patch()
 
 import contextlib
 import gc
 import json
 import os
 import signal
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -23,16 +34,18 @@ from celery.worker import state
 import celery_influx
 from tests.integration.apps.base import end_at_once, make_app
 
+POOL = sys.argv[2]
+IS_GREEN = POOL in ("gevent", "eventlet")
 app = make_app(
     "restarts",
     worker_redirect_stdouts=False,
     broker_transport_options={"polling_interval": 0.01},
+    worker_enable_remote_control=not IS_GREEN,  # which takes a second of theirs to stop
 )
 WITH_PLUGIN = os.environ.get("PLUGIN", "yes") == "yes"
 if WITH_PLUGIN:
     celery_influx.install(app)
 end_at_once()
-POOL = sys.argv[2]
 WARM_UP = 20
 OURS = "celery_influx"
 
@@ -42,19 +55,24 @@ def last() -> None:
     """Send a point, and have the worker stop when this has ended."""
     if WITH_PLUGIN:
         app.influx.send_data({"measurement": "custom", "fields": {"number": 1}})
-    if POOL == "solo":
+    if POOL != "prefork":
         state.should_stop = 0
+        for _ in range(2):  # Celery's loop waits 2 s for a message, and told to stop, for one more
+            wake.delay()
     else:
         # When the worker knows of the task's end; its children wait for that, 1 s at most.
         threading.Timer(0.05, os.kill, (os.getppid(), signal.SIGTERM)).start()
+
+
+@app.task(name="restarts.wake", ignore_result=True)
+def wake() -> None:
+    """Do nothing, perhaps in the next worker."""
 
 
 def run_worker() -> None:
     """A whole worker, from its blueprint to its end."""
     state.should_stop = None
     last.delay()
-    if POOL == "solo":
-        last.delay()  # having been told to stop, Celery's loop waits 2 s for one more message
     alone = {"without_mingle": True, "without_gossip": True, "without_heartbeat": True}
     quiet = {"loglevel": "ERROR", "quiet": True}
     worker = app.Worker(pool=POOL, concurrency=1, hostname="again@test", **quiet, **alone)
@@ -62,12 +80,14 @@ def run_worker() -> None:
         worker.start()
     except SystemExit:
         pass
+    if WITH_PLUGIN and IS_GREEN:
+        app.influx.close()  # as at the exit, until which greenlets may run
     assert not WITH_PLUGIN or app.influx.stats()["main"]["queued"] == 0
 
 
 def run_plugin() -> None:
-    """What the worker's step does with the plugin for a pool of processes."""
-    app.influx.start_worker("again@test", "prefork")
+    """What the worker's step does with the plugin for a pool of processes, or of greenlets."""
+    app.influx.start_worker("again@test", POOL if IS_GREEN else "prefork")
     app.influx.start()
     app.influx.send_data({"measurement": "custom", "fields": {"number": 1}})
     assert app.influx.relayed(5)
