@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any
 
-from celery import Task, signals
+from celery import Task, bootsteps, signals
 
 import celery_influx
 from tests.integration.apps.base import make_app, store
@@ -20,6 +20,17 @@ def _note_that_all_tasks_have_ended(**_: Any) -> None:
     store().set("all tasks have ended", time.time())
 
 
+class Mark(bootsteps.StartStopStep):
+    """A cold shutdown ends it just before the plugin's own step, and sends no signal."""
+
+    requires = ("celery_influx.bootstep:InfluxStep",)
+
+    def terminate(self, parent: Any) -> None:
+        """Note it as well."""
+        _note_that_all_tasks_have_ended()
+
+
+app.steps["worker"].add(Mark)
 influx = celery_influx.install(app)
 _PR_SET_PDEATHSIG = 1
 
