@@ -315,7 +315,33 @@ def test_a_killed_child_loses_no_point_that_was_accepted(scene: Scene) -> None:
     ]
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.long
+@pytest.mark.skipif(
+    "pool_start_method" not in NAMESPACES["worker"], reason="this Celery's pools always fork"
+)
+def test_a_spawned_child_that_is_killed_loses_at_most_the_last_interval_and_one_attempt(
+    scene: Scene,
+) -> None:
+    with scene.worker("prefork", worker_pool_start_method="spawn") as worker:
+        scene.stream("prefork", 5.0)
+        began = time.time()
+        wait_for(lambda: time.time() > began + FLUSH_INTERVAL + HTTP_TIMEOUT + 0.3, 5)
+        os.kill(worker.pid(), signal.SIGSTOP)  # it would have the tasks run again
+        killed = time.time()
+        for start in scene.starts():
+            os.kill(int(start.split()[1]), signal.SIGKILL)
+        worker.stop(signal.SIGKILL)
+
+    promised = scene.accepted(until=killed - FLUSH_INTERVAL - HTTP_TIMEOUT)
+    stored = scene.stored(len(promised))
+    assert len(promised) >= 60
+    assert len(stored) == len(set(stored))
+    assert promised <= set(stored)
+
+
+@pytest.mark.parametrize(
+    "pool", [*POOLS, *(pytest.param(pool, marks=pytest.mark.long) for pool in GREEN)]
+)
 def test_a_killed_worker_loses_at_most_the_last_interval_and_one_attempt(
     pool: str, scene: Scene
 ) -> None:

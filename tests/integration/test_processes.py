@@ -33,6 +33,11 @@ from tests.servers import Influxd, answers, free_port, wait_for
 POINTS = 500
 CHILDREN = 2
 APP = "tests.integration.apps.processes"
+PATCHES = {
+    "": "",
+    "gevent": "from gevent import monkey; monkey.patch_all()",
+    "eventlet": "import eventlet; eventlet.monkey_patch()",
+}
 
 
 class Tap:
@@ -331,6 +336,59 @@ sys.exit(one.exitcode)
     assert run("", config, tmp_path, "-c", script) == ""
 
     assert influxd.count("child", "number", database) == tap.count("child") == POINTS
+
+
+def test_a_forked_child_that_leaves_by_os_exit_loses_what_waits_and_nothing_of_its_parents(
+    influxd: Influxd, database: str, tap: Tap, config: dict[str, object], tmp_path: Path
+) -> None:
+    assert run("leave", config, tmp_path) == ""
+
+    assert influxd.count("child", "number", database) == tap.count("child") == POINTS
+    assert influxd.count("parent", "number", database) == tap.count("parent") == 3 * POINTS
+
+
+@pytest.mark.parametrize(
+    "library", ["", *(pytest.param(each, marks=pytest.mark.long) for each in PATCHES if each)]
+)
+def test_what_a_thread_or_a_greenlet_sends_after_atexit_has_run_is_lost_uncounted(
+    library: str, influxd: Influxd, database: str, config: dict[str, object], tmp_path: Path
+) -> None:
+    if library:
+        skip_without(library)
+    script = f"""
+import atexit, os, threading
+from pathlib import Path
+{PATCHES[library]}
+begin = threading.Event()
+
+def late():
+    begin.set()
+    sender.join(5)
+
+atexit.register(late)  # before the plugin does, and so called after it
+from {APP} import influx, send
+
+def stream():
+    begin.wait()
+    before = influx.stats()["metrics"]
+    send("late", {POINTS})
+    after = influx.stats()["metrics"]
+    counted = {{name: after[name] - before[name] for name in after if after[name] > before[name]}}
+    Path(os.environ["FOLDER"], "counted").write_text(str(counted))
+
+send("early", {POINTS})
+sender = threading.Thread(target=stream, daemon=True)
+sender.start()
+"""
+
+    printed = run("", config, tmp_path, "-c", script)
+
+    assert influxd.count("early", "number", database) == POINTS
+    assert influxd.count("late", "number", database) == 0
+    # It says that they wait, and nobody is there any more who could say that they are lost.
+    counted = (tmp_path / "counted").read_text()
+    assert counted == str({"points": POINTS, "queued": POINTS})
+    assert re.fullmatch(r"(metrics: points wait unsent: [^\n]*\n)?", printed)
 
 
 def test_a_daemonised_script_goes_on_sending_and_writes_into_nobodys_file(

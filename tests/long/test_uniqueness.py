@@ -155,11 +155,7 @@ def test_web_processes_overwrite_only_what_has_one_slot_and_one_microsecond(
 
 
 def same_microsecond(found: list[dict[str, Any]]) -> float:
-    """How many points fall into the microsecond of another's, as docs/explanation say.
-
-    Of two processes with ``r`` and ``s`` points a second in the same slot, ``r × s`` millionths
-    a second do.
-    """
+    """How many points fall into the microsecond of another's, by life-of-a-point.md's formula."""
     total = 0.0
     for one, other in itertools.combinations(found, 2):
         together = min(one["ended"], other["ended"]) - max(one["began"], other["began"])

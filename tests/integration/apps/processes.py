@@ -141,6 +141,20 @@ def fork() -> None:
     sys.exit(str(codes) if any(codes) else 0)
 
 
+def leave() -> None:
+    """os.fork; the child sends some, and leaves with others that wait."""
+    _busy_parent()
+    pid = os.fork()
+    if not pid:
+        child()
+        influx.flush(5)
+        child()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    send("parent", POINTS)
+    sys.exit(code)
+
+
 def spawn() -> None:
     """multiprocessing.Process, by spawn."""
     _busy_parent()
