@@ -10,6 +10,7 @@ from benchmarks.table import show_machine
 PARTS = {
     "send_data": "send_data",
     "task": "task",
+    "relay": "relay",
     "stalls": "stalls",
     "influxd": "influxd",
     "worker": "worker",

@@ -25,6 +25,7 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* As in line_reader.py. */
 #define MAX_LENGTH 65535
@@ -817,17 +818,86 @@ static PyType_Spec buffer_spec = {
     .slots = buffer_slots,
 };
 
+/* -- relay.py's frames of lines --------------------------------------------------------------- */
+
+/* As in relay.py, which says more. */
+#define HEADER 4
+#define LONGEST_FRAME 4096
+enum { LINE_FRAME = 0 };
+
+/* Whether it was written, by one call, and so whole. The pipe never makes its writers wait. */
+static int write_frame(int pipe, int database, const char *text, Py_ssize_t length)
+{
+    char frame[LONGEST_FRAME];
+    if (length > LONGEST_FRAME - HEADER)
+        return 0;
+    frame[0] = (char)(length & 255);
+    frame[1] = (char)(length >> 8);
+    frame[2] = LINE_FRAME;
+    frame[3] = (char)database;
+    memcpy(frame + HEADER, text, (size_t)length);
+    return write(pipe, frame, (size_t)length + HEADER) == length + HEADER;
+}
+
+/* The bodies of those frames of lines that follow each other at a place and are of one database. */
+static PyObject *take_lines(PyObject *module, PyObject *args)
+{
+    PyObject *data;
+    Py_ssize_t position;
+    if (!PyArg_ParseTuple(args, "Sn:take_lines", &data, &position))
+        return NULL;
+    const unsigned char *text = (const unsigned char *)PyBytes_AS_STRING(data);
+    Py_ssize_t end = PyBytes_GET_SIZE(data);
+    if (position < 0) {
+        PyErr_SetString(PyExc_ValueError, "expected a position in the data");
+        return NULL;
+    }
+    int database = end - position >= HEADER ? text[position + 3] : 0;
+    PyObject *lines = PyList_New(0);
+    while (lines != NULL && end - position >= HEADER) {
+        const unsigned char *head = text + position;
+        Py_ssize_t length = head[0] | head[1] << 8;
+        if (head[2] != LINE_FRAME || head[3] != database || end - position < HEADER + length)
+            break;
+        PyObject *line = PyBytes_FromStringAndSize((const char *)head + HEADER, length);
+        if (line == NULL || PyList_Append(lines, line))
+            Py_CLEAR(lines);
+        Py_XDECREF(line);
+        position += HEADER + length;
+    }
+    return lines == NULL ? NULL : Py_BuildValue("niN", position, database, lines);
+}
+
 /* -- from a point to the buffer ------------------------------------------------------------------ */
 
 typedef struct {
     PyObject_HEAD
     PyObject *encoder; /* an Encoder, whose clock is a Stamps */
-    PyObject *buffer;
-    PyObject *send; /* the Python way */
-    PyObject *wake; /* called with the number of lines dropped, where there are, or a batch is due */
+    PyObject *buffer;  /* or NULL, where lines go through the relay */
+    PyObject *send;    /* the Python way */
+    /* With a buffer: called with the number of lines dropped, where there are, or a batch is due.
+    With the relay: called with a line that its pipe did not take at once; whether it did then. */
+    PyObject *wake;
     Py_buffer points;
     long long due_lines, due_bytes;
+    int pipe, database;
+    int refused; /* the last one, by Python too: it knows when one gets through again */
 } Sender;
+
+static PyObject *write_point(Sender *self, const Line *line)
+{
+    *(uint64_t *)self->points.buf += 1;
+    if (!self->refused && write_frame(self->pipe, self->database, line->text, line->length))
+        Py_RETURN_NONE;
+    PyObject *bytes = PyBytes_FromStringAndSize(line->text, line->length);
+    PyObject *taken = bytes == NULL ? NULL : PyObject_CallOneArg(self->wake, bytes);
+    Py_XDECREF(bytes);
+    self->refused = taken != Py_True;
+    if (taken == NULL)
+        return NULL;
+    Py_DECREF(taken);
+    Py_RETURN_NONE;
+}
 
 static PyObject *send_point(PyObject *arg, PyObject *point)
 {
@@ -841,6 +911,11 @@ static PyObject *send_point(PyObject *arg, PyObject *point)
     line_begin(&line);
     int came = put_all(encoder, &line, point, &left_out, &way);
     if (came == DONE && !left_out) {
+        if (buffer == NULL) {
+            PyObject *none = write_point(self, &line);
+            line_end(&line);
+            return none;
+        }
         bytes = PyBytes_FromStringAndSize(line.text, line.length);
         came = bytes == NULL ? BROKEN : DONE;
     }
@@ -1002,15 +1077,9 @@ static PyObject *encoder(PyObject *module, PyObject *args)
     return function;
 }
 
-static PyObject *sender(PyObject *module, PyObject *args)
+static Sender *make_sender(
+    State *state, PyObject *encode, PyObject *points, PyObject *python_send, PyObject *wake)
 {
-    State *state = PyModule_GetState(module);
-    PyObject *encode, *buffer, *points, *python_send, *wake;
-    long long due_lines, due_bytes;
-    if (!PyArg_ParseTuple(
-            args, "O!O!OLLOO:sender", &PyCFunction_Type, &encode, state->buffer, &buffer, &points,
-            &due_lines, &due_bytes, &python_send, &wake))
-        return NULL;
     PyObject *encoder = PyCFunction_GET_SELF(encode);
     if (encoder == NULL || Py_TYPE(encoder) != state->encoder ||
         ((Encoder *)encoder)->stamps == NULL ||
@@ -1031,14 +1100,51 @@ static PyObject *sender(PyObject *module, PyObject *args)
         return NULL;
     }
     self->encoder = Py_NewRef(encoder);
-    self->buffer = Py_NewRef(buffer);
     self->send = Py_NewRef(python_send);
     self->wake = Py_NewRef(wake);
-    self->due_lines = due_lines;
-    self->due_bytes = due_bytes;
+    return self;
+}
+
+static PyObject *send_of(Sender *self)
+{
     PyObject *function = PyCFunction_New(&send_def, (PyObject *)self);
     Py_DECREF(self);
     return function;
+}
+
+static PyObject *sender(PyObject *module, PyObject *args)
+{
+    State *state = PyModule_GetState(module);
+    PyObject *encode, *buffer, *points, *python_send, *wake;
+    long long due_lines, due_bytes;
+    if (!PyArg_ParseTuple(
+            args, "O!O!OLLOO:sender", &PyCFunction_Type, &encode, state->buffer, &buffer, &points,
+            &due_lines, &due_bytes, &python_send, &wake))
+        return NULL;
+    Sender *self = make_sender(state, encode, points, python_send, wake);
+    if (self == NULL)
+        return NULL;
+    self->buffer = Py_NewRef(buffer);
+    self->due_lines = due_lines;
+    self->due_bytes = due_bytes;
+    return send_of(self);
+}
+
+static PyObject *relay_sender(PyObject *module, PyObject *args)
+{
+    State *state = PyModule_GetState(module);
+    PyObject *encode, *points, *python_send, *put;
+    int pipe, database;
+    if (!PyArg_ParseTuple(
+            args, "O!iiOOO:relay_sender", &PyCFunction_Type, &encode, &pipe, &database, &points,
+            &python_send, &put))
+        return NULL;
+    Sender *self = make_sender(state, encode, points, python_send, put);
+    if (self == NULL)
+        return NULL;
+    self->pipe = pipe;
+    self->database = database;
+    return send_of(self);
 }
 
 static PyMethodDef methods[] = {
@@ -1046,6 +1152,10 @@ static PyMethodDef methods[] = {
      "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow): an encode."},
     {"sender", sender, METH_VARARGS,
      "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
+    {"relay_sender", relay_sender, METH_VARARGS,
+     "relay_sender(encode, pipe, database, points, send, put): a send through the relay."},
+    {"take_lines", take_lines, METH_VARARGS,
+     "take_lines(data, position): position after the lines there, their database, the lines."},
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
      "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
     {NULL, NULL, 0, NULL},

@@ -40,6 +40,15 @@ def sender(
     send: Callable[[Point], None],
     wake: Callable[[int], None],
 ) -> Callable[[Point], None]: ...
+def relay_sender(
+    encode: Callable[[Point], bytes],
+    pipe: int,
+    database: int,
+    points: memoryview,
+    send: Callable[[Point], None],
+    put: Callable[[builtins.bytes], bool],
+) -> Callable[[Point], None]: ...
+def take_lines(data: builtins.bytes, position: int) -> tuple[int, int, list[builtins.bytes]]: ...
 def run_line(
     head: str,
     facts: Facts,

@@ -28,6 +28,7 @@ from celery_influx.transports import Transport, load, open_transport
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
+    from celery_influx.relay import RelayEnd
     from celery_influx.transports.http import HTTPClient, Ping
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Database:
         self.unit = Precision(options.precision).nanoseconds
         #: By what its caller likes: beginnings of lines, kept for as long as they hold.
         self.heads: dict[Any, str]
-        self._relay_end: Callable[[bytes], bool] | None
+        self._relay: RelayEnd | None
         self._forget()
         if settle is None:
             _alone().add(self)
@@ -162,8 +163,8 @@ class Database:
         if line:
             self._counters[POINTS] += 1
         # The worker must hear of the end, whatever became of the point.
-        if self._relay_end:
-            if not self._relay_end(line) and line:
+        if self._relay:
+            if not self._relay.put_end(line) and line:
                 self._count_unrelayed()
         elif line:
             self._put_own(line)
@@ -332,18 +333,13 @@ class Database:
         account: Callable[[], dict[str, int]],
         stamps: Stamps,
         tags: Mapping[str, Any],
-        relay: Callable[[bytes], bool] | None = None,
-        relay_end: Callable[[bytes], bool] | None = None,
+        relay: RelayEnd | None = None,
     ) -> None:
         """Set out in this process: count in ``counters``, and queue here or write to ``relay``."""
         self._counters = counters
         self._account = account
-        self._relay_end = relay_end
-        if relay is not None:
-            self._relay = relay
-            self._put = self._put_relay
-        else:
-            self._put = self._put_own
+        self._relay = relay
+        self._put = self._put_relay if relay else self._put_own
         self._constant, self.stamps, self.heads = tags, stamps, {}
         # Last: other threads take it as the sign that all the rest is there.
         self._encode = Encoder(
@@ -352,6 +348,8 @@ class Database:
             clock=stamps,
             on_left_out=self._count_left_out,
         ).encode
+        if relay:
+            self._accept = self._quickest()
 
     def start(self) -> None:
         """Start the batcher and open the transport, before the first point asks for it."""
@@ -383,17 +381,23 @@ class Database:
                 self._opening = False
 
     def _quickest(self) -> Callable[[Point], None]:
-        """``_send``, or what does the same in C; that knows no relay, and no start of a batcher."""
-        buffer, stamps = self._buffer, self.stamps
+        """``_send``, or what does the same in C; that knows no start of a batcher."""
+        buffer, stamps, relay = self._buffer, self.stamps, self._relay
         if (
             extension is None
-            or self._put != self._put_own
+            or not self._enabled
             or type(stamps) is Stamps
             or isinstance(self._encode, FunctionType)
         ):
             return self._send
         points = self._counters[POINTS : POINTS + 1]
-        quick: Callable[[Point], None] = extension.sender(
+        quick: Callable[[Point], None]
+        if relay:
+            quick = extension.relay_sender(
+                self._encode, relay.pipe, relay.database, points, self._send, self._put_relay
+            )
+            return quick
+        quick = extension.sender(
             self._encode,
             buffer,
             points,
@@ -429,7 +433,7 @@ class Database:
         self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger, passing=self._passing)
         self._unrelayed = 0
-        self._relay_end = None
+        self._relay = None
         self._starting = threading.RLock()
         self._opening = self._closing = False
         # Replaced by `begin`, at the first point: so a point costs no look at where we are.
@@ -460,9 +464,11 @@ class Database:
             fields,
         )
 
-    def _put_relay(self, line: bytes) -> None:
-        if not self._relay(line):
+    def _put_relay(self, line: bytes) -> bool:
+        taken = self._relay is not None and self._relay.put(line)
+        if not taken:
             self._count_unrelayed()
+        return taken
 
     def _count_unrelayed(self) -> None:
         self._counters[DROPPED] += 1

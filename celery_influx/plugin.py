@@ -404,8 +404,7 @@ class Influx:
                     partial(counters.total, number),
                     stamps,
                     {**tags, **self.options.tags},
-                    partial(relay.put, number) if relay else None,
-                    partial(relay.put_end, number) if relay else None,
+                    relay.end_for(number) if relay else None,
                 )
             self._child_relay = relay
             if relay is None and (self._forked or _is_child()):

@@ -27,8 +27,11 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from celery_influx.runs import Runs
+from celery_influx.speedups import extension
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,22 @@ _MOST_PARTS = 65_535
 _CAPACITIES = (1_048_576, 262_144)
 _READ = 262_144
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+
+
+class RelayEnd(NamedTuple):
+    """What a pool child's database needs of the relay.
+
+    Attributes:
+        put: As ``Relay.put``, of a line.
+        put_end: As ``Relay.put_end``.
+        pipe: Number of the file to write frames to.
+        database: The number that goes into them.
+    """
+
+    put: Callable[[bytes], bool]
+    put_end: Callable[[bytes], bool]
+    pipe: int
+    database: int
 
 
 class Relay:
@@ -158,6 +177,11 @@ class Relay:
         """Close what is open of the pipe: this process does not write to it."""
         self._read_fd = self._close(self._read_fd)
         self._write_fd = self._close(self._write_fd)
+
+    def end_for(self, database: int) -> RelayEnd:
+        """One database's way into the pipe."""
+        put, put_end = partial(self.put, database), partial(self.put_end, database)
+        return RelayEnd(put, put_end, self._write_fd, database)
 
     def put(self, database: int, body: bytes, kind: int = LINE) -> bool:
         """Write one line for ``database``, or another ``kind`` of frame; whether it was written.
@@ -302,6 +326,11 @@ class Relay:
         synced = 0
         position, end = 0, len(data)
         while end - position >= 4:  # the header's size, written out: this loop is the hot one
+            if extension:
+                position, database, found = extension.take_lines(data, position)
+                if found:
+                    lines.setdefault(database, []).extend(found)
+                    continue
             length, kind, database = _HEADER.unpack_from(data, position)
             start = position + 4
             if start + length > end:
@@ -327,8 +356,8 @@ class Relay:
                 self._guarded(self._runs.judged, body)
             elif kind == SYNC:
                 synced = max(synced, *_SERIAL.unpack(body))
-        for database, found in lines.items():
-            self._guarded(self._deliver, database, found)
+        for database, bodies in lines.items():
+            self._guarded(self._deliver, database, bodies)
         if synced:
             with self._read_all:
                 self._synced = max(self._synced, synced)

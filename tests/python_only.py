@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from celery_influx import database, line_protocol, plugin
+from celery_influx import database, line_protocol, plugin, relay
 from celery_influx.buffer import Buffer
 from celery_influx.stamps import Stamps
 from celery_influx.task_points import run_line
@@ -13,6 +13,7 @@ from celery_influx.task_points import run_line
 _PARTS = {
     (database, "extension"): None,
     (line_protocol, "extension"): None,
+    (relay, "extension"): None,
     (database, "make_buffer"): Buffer,
     (database, "make_stamps"): Stamps,
     (plugin, "make_stamps"): Stamps,

@@ -54,6 +54,10 @@ def test_send_data_is_measured_beside_every_peer():
             r"µs added: -?[0-9.]+, bound ≤ 9",
         ),
         (
+            *("relay", 2_000, {"celery_influx", "the pipe"}),
+            r"µs: [0-9.]+, bound ≤ 0.7",
+        ),
+        (
             *("stalls", 2_000, {"an empty function", "celery_influx"}),
             r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000",
         ),
@@ -62,7 +66,7 @@ def test_send_data_is_measured_beside_every_peer():
             r"points/s over HTTP: [0-9.]+, bound ≥ 250000",
         ),
     ],
-    ids=["task", "stalls", "influxd"],
+    ids=["task", "relay", "stalls", "influxd"],
 )
 def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[str], bound: str):
     load("opentelemetry.instrumentation.celery")

@@ -27,7 +27,7 @@ from celery_influx.errors import PointError
 from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
-from celery_influx.relay import Relay
+from celery_influx.relay import Relay, RelayEnd
 from celery_influx.runs import Runs
 from celery_influx.stamps import Stamps, make_stamps
 from celery_influx.transports.http import HTTPClient
@@ -991,7 +991,7 @@ def test_a_pool_child_hands_its_lines_to_the_worker_and_starts_nothing(
             lambda: counters.total(0),
             Stamps(row),
             {},
-            partial(relay.put, 0) if row else None,
+            relay.end_for(0) if row else None,
         )
 
     database._settle = settle
@@ -1061,6 +1061,7 @@ def test_with_a_server_that_hangs_memory_stays_within_the_limit_and_the_caller_i
 
 def test_flush_in_a_pool_child_says_if_the_worker_did_not_take_a_line(make) -> None:
     answers = iter([True, False, True])
+    relay = RelayEnd(lambda line: next(answers), lambda line: True, pipe=-1, database=0)
     counters = Counters(1)
     database = make(
         settle=lambda: database.begin(
@@ -1068,7 +1069,7 @@ def test_flush_in_a_pool_child_says_if_the_worker_did_not_take_a_line(make) -> N
             lambda: counters.total(0),
             Stamps(1),
             {},
-            relay=lambda line: next(answers),
+            relay=relay,
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -9,17 +10,26 @@ import os
 import random
 import select
 import signal
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from celery_influx.relay import START, Relay
+from celery_influx.counters import Counters
+from celery_influx.database import Database
+from celery_influx.options import DatabaseOptions
+from celery_influx.point import Point
+from celery_influx.relay import END, LINE, START, SYNC, Relay
 from celery_influx.runs import Runs, start_frame
+from celery_influx.speedups import extension
+from celery_influx.stamps import make_stamps
 from celery_influx.task_points import Facts
+from tests.python_only import python_only
 from tests.servers import wait_for
 
 F_GETPIPE_SZ = getattr(fcntl, "F_GETPIPE_SZ", 1032)
@@ -502,6 +512,75 @@ def test_a_long_line_given_up_in_the_middle_is_counted_once_by_the_reader(
     assert relay.close(10)
     assert sink.lines[2] == [b"x" * 60_000] * (len(answers) - 1)
     assert sink.lost == [2]
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_database_writes_its_points_and_drops_counts_and_waits_as_the_relay_says(
+    with_extension: bool, relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
+    counters = Counters(1)
+    database = Database(DatabaseOptions(name="m"), settle=lambda: None)
+    clock = iter(range(10**6))
+    with contextlib.nullcontext() if with_extension else python_only():
+        database.begin(
+            counters.row(0),
+            lambda: counters.total(0),
+            make_stamps(1),
+            {"host": "h"},
+            relay.end_for(3),
+        )
+
+    def send() -> float:
+        number = next(clock)
+        # Each sixth is one that the extension leaves to Python.
+        value = number if number % 6 else Decimal(number)
+        began = time.perf_counter()
+        database.send_data(Point("m", {"f": value, "text": "x" * 400}, {"t": "v"}, number))
+        return time.perf_counter() - began
+
+    fill(relay)
+    assert send() < relay.PATIENCE / 2  # something was dropped just before
+    os.read(relay._read_fd, 20_000)
+    assert send() < relay.PATIENCE / 2
+    while not database.stats()["dropped"] > 1:
+        slowest = send()  # and the last one waits
+    assert relay.PATIENCE * 0.9 < slowest < relay.PATIENCE * 4
+    assert send() < relay.PATIENCE / 2
+
+    account = database.stats()
+    assert account["points"] == next(clock)
+    assert account["dropped"] == 3
+    assert account["queued"] == account["points"] - 3 > 20
+    assert caplog.messages == ["m: dropped a line: the worker did not take it in time"]
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_frames_of_all_kinds_cut_anywhere_come_out_whole_and_in_order(
+    with_extension: bool, relay: Relay, sink: Sink
+) -> None:
+    if with_extension and not extension:
+        pytest.skip("the extension is not built")
+    chance = random.Random(5)
+    expected: dict[int, list[bytes]] = {}
+    stream = b""
+    for number in range(3_000):
+        kind = chance.choice([LINE, LINE, LINE, LINE, END, SYNC])
+        database = chance.choice([0, 0, 0, 1, 255])
+        line = b"%d\n" % number + b"y" * chance.choice([0, 1, 100, 4_000])
+        body = {LINE: line, END: struct.pack("<I", 1) + line, SYNC: struct.pack("<I", 7)}[kind]
+        if kind != SYNC:
+            expected.setdefault(database, []).append(line)
+        stream += struct.pack("<HBB", len(body), kind, database) + body
+
+    with contextlib.nullcontext() if with_extension else python_only():
+        rest = b""
+        while stream:
+            cut = chance.choice([1, 3, 4, 5, 1_000, 100_000])
+            rest, stream = rest + stream[:cut], stream[cut:]
+            rest = relay._take_apart(rest)
+
+    assert rest == b""
+    assert sink.lines == expected
 
 
 def test_a_long_line_waits_no_longer_than_a_short_one(relay: Relay) -> None:

@@ -20,6 +20,7 @@ from celery_influx.line_protocol import encode
 from celery_influx.line_reader import parse
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from celery_influx.relay import RelayEnd
 from celery_influx.stamps import Stamps
 
 SEED = 20_160_707
@@ -107,6 +108,7 @@ def sent(count: int, seed: int) -> Counter[str]:
     reader then must take each line for one point, and the neighbours for what they are.
     """
     lines: list[bytes] = []
+    relay = RelayEnd(lambda line: lines.append(line) is None, lambda line: True, -1, 0)
     counters = Counters(1)
 
     def begin() -> None:
@@ -115,7 +117,7 @@ def sent(count: int, seed: int) -> Counter[str]:
             lambda: counters.total(0),
             Stamps(1),
             {},
-            relay=lambda line: lines.append(line) is None,
+            relay,
         )
 
     database = Database(DatabaseOptions(), settle=begin)

@@ -1,0 +1,155 @@
+"""What a point costs on its way from a pool child to its worker's buffer: both processes' CPU.
+
+In each round a child is forked that sends points in bursts, as tasks do; the worker reads them in
+its relay's thread. Beside it, the same bytes by bare writes and reads of a pipe: less there cannot
+be. What encoding costs is measured in the same child, and taken off.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import celery_influx.line_protocol
+from benchmarks.table import Table, ratios, rotated, verdict
+from celery_influx.buffer import make_buffer
+from celery_influx.counters import Counters
+from celery_influx.database import Database
+from celery_influx.options import DatabaseOptions
+from celery_influx.point import Point
+from celery_influx.relay import Relay
+from celery_influx.runs import Runs
+from celery_influx.stamps import make_stamps
+from tests.python_only import python_only
+
+POINT = Point(
+    "celery_custom",
+    {"seconds": 1.5, "rows": 20, "source": "nightly"},
+    {"site": "berlin", "stage": "production", "team": "data", "kind": "import"},
+)
+#: Points that a child sends at once, and the seconds for which it then does something else.
+BURST, PAUSE = 500, 0.005
+
+
+class Cost(NamedTuple):
+    """µs of CPU of one point: of the child, of it the encoding; of the worker."""
+
+    child: float
+    encoding: float
+    worker: float
+
+    def total(self) -> float:
+        """Without the encoding."""
+        return self.child - self.encoding + self.worker
+
+
+def run(rounds: int = 20, size: int = 50_000) -> None:
+    """Measure and print; ``size`` points per variant and round."""
+    variants: dict[str, Callable[[int], Cost]] = {"celery_influx": _relayed, "the pipe": _bare}
+    if celery_influx.line_protocol.implementation == "c":
+        variants["celery_influx, Python only"] = _relayed_by_python
+    figures: dict[str, list[Cost]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name in rotated(list(variants), turn):
+            figures[name].append(variants[name](size))
+    _table({name: found[1:] for name, found in figures.items()}).show()  # the first one warms up
+
+
+def _relayed_by_python(size: int) -> Cost:
+    with python_only():
+        return _relayed(size)
+
+
+def _relayed(size: int) -> Cost:
+    buffer = make_buffer(2 * size, 1_000 * size)
+    relay = Relay(lambda _, lines: buffer.put(lines), lambda _: None, Runs(lambda *_: None))
+    relay.start()
+
+    def set_out() -> tuple[Callable[[], object], Callable[[], object]]:
+        relay.after_fork()
+        counters = Counters(1)
+        database = Database(DatabaseOptions(name="metrics"), settle=lambda: None)
+        account, stamps = counters.total, make_stamps(1)
+        database.begin(counters.row(0), lambda: account(0), stamps, {}, relay.end_for(0))
+        return lambda: database.send_data(POINT), lambda: database.encode(POINT)
+
+    cost = _measure(set_out, lambda: relay.sync(10), size)
+    assert len(buffer) == size, f"{size} points sent, {len(buffer)} came"
+    relay.close(10)
+    return cost
+
+
+def _bare(size: int) -> Cost:
+    read_fd, write_fd = os.pipe()
+    line = celery_influx.line_protocol.encode(POINT)
+    frame = struct.pack("<HBB", len(line), 0, 0) + line
+    came = 0
+
+    def read() -> None:
+        nonlocal came
+        room = memoryview(bytearray(262_144))
+        while came < size * len(frame):
+            came += os.readv(read_fd, [room])
+            time.sleep(Relay.NAP)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def set_out() -> tuple[Callable[[], object], Callable[[], object]]:
+        return lambda: os.write(write_fd, frame), lambda: None
+
+    cost = _measure(set_out, reader.join, size)
+    os.close(read_fd)
+    os.close(write_fd)
+    return cost
+
+
+def _measure(
+    set_out: Callable[[], tuple[Callable[[], object], Callable[[], object]]],
+    read_all: Callable[[], object],
+    size: int,
+) -> Cost:
+    """Fork a child that does the first of the two calls, ``size`` times, and then the second."""
+    read_fd, write_fd = os.pipe()
+    before = time.process_time()
+    child = os.fork()
+    if not child:
+        try:
+            send, encode = set_out()
+            costs = []
+            for call, pause in ((send, PAUSE), (encode, 0)):
+                began = time.process_time()
+                for number in range(size):
+                    call()
+                    if pause and number % BURST == 0:
+                        time.sleep(pause)
+                costs.append(time.process_time() - began)
+            os.write(write_fd, struct.pack("dd", *costs))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    read_all()
+    worker = time.process_time() - before
+    sending, encoding = struct.unpack("dd", os.read(read_fd, 16))
+    os.close(read_fd)
+    os.close(write_fd)
+    return Cost(*(seconds / size * 1e6 for seconds in (sending, encoding, worker)))
+
+
+def _table(figures: dict[str, list[Cost]]) -> Table:
+    title = "`relay`: CPU of a point, child and worker, encoding taken off"
+    table = Table(title, "µs", "ours / this")
+    mine = [cost.total() for cost in figures["celery_influx"]]
+    for name, costs in figures.items():
+        total = [cost.total() for cost in costs]
+        table.add(name, total, ratios(mine, total))
+        table.add(f"{name}: the worker's part", [cost.worker for cost in costs])
+    table.notes = [verdict("µs", mine, 0.7)]
+    if "celery_influx, Python only" in figures:
+        python = [cost.total() for cost in figures["celery_influx, Python only"]]
+        table.notes.append(verdict("µs, Python only", python, 1.1))
+    return table
