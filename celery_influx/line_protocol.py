@@ -13,7 +13,6 @@ Checked against influxd 1.6.7 and influxdata/line-protocol-corpus: tests/conform
 
 from __future__ import annotations
 
-import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from celery_influx.line_reader import (
     line_end,
     read_line,
 )
+from celery_influx.line_search import find
 from celery_influx.point import Point, Precision
 from celery_influx.speedups import extension
 
@@ -466,16 +466,16 @@ def _line(
         ) from None
     if _stores(line, measurement, tags, fields, ticks):
         return line
-    # When influxd looks for the end of the line, it takes a backslash and a space in a tag for
-    # the end of the tags: then it depends on the order of the rest, and on how quotes are written.
-    if any("\\ " in text for pair in tags.items() for text in pair):
-        for order in itertools.islice(itertools.permutations(tags.items()), 24):
-            for keys in (list(fields), list(reversed(fields))):
-                ordered = {key: fields[key] for key in keys}
-                for quote in ('"', '\\"'):
-                    line = _join(measurement, dict(order), ordered, ticks, quote)
-                    if _stores(line, measurement, tags, fields, ticks):
-                        return line
+    names = (*tags, *tags.values(), *fields)
+    if any("\\" in text for text in names) and not any(text[-1:] in ("", "\\") for text in names):
+        found = find(
+            measurement.translate(_MEASUREMENT_ESCAPES),
+            list(map(_escape_tag, tags.items())),
+            {key: _escape_value(value) for key, value in fields.items()},
+        )
+        line = f"{found}{'' if ticks is None else f' {ticks}'}".encode()
+        if found and _stores(line, measurement, tags, fields, ticks):
+            return line
     blame = _blame(measurement, tags, fields)
     if blame:
         raise PointError(f"{name}: {blame}")
@@ -487,25 +487,23 @@ def _line(
 
 
 def _join(
-    measurement: str,
-    tags: dict[str, str],
-    fields: dict[str, Any],
-    ticks: int | None,
-    quote: str = '"',
+    measurement: str, tags: dict[str, str], fields: dict[str, Any], ticks: int | None
 ) -> bytes:
-    head = measurement.translate(_MEASUREMENT_ESCAPES)
-    for key, text in tags.items():
-        head += f",{key.translate(_NAME_ESCAPES)}={text.translate(_NAME_ESCAPES)}"
+    head = measurement.translate(_MEASUREMENT_ESCAPES) + "".join(map(_escape_tag, tags.items()))
     # influxd skips space, tab and NUL before the first field key: let another key go first.
     keys = sorted(fields, key=lambda key: key.startswith(("\t", "\0")))
-    body = ",".join(f"{_escape_field_key(key, quote)}={_escape_value(fields[key])}" for key in keys)
+    body = ",".join(f"{_escape_field_key(key)}={_escape_value(fields[key])}" for key in keys)
     return f"{head} {body}{'' if ticks is None else f' {ticks}'}".encode()
 
 
-def _escape_field_key(key: str, quote: str = '"') -> str:
+def _escape_tag(tag: tuple[str, str]) -> str:
+    key, text = tag
+    return f",{key.translate(_NAME_ESCAPES)}={text.translate(_NAME_ESCAPES)}"
+
+
+def _escape_field_key(key: str) -> str:
     # Of a backslash before a quote influxd drops the backslash, in field keys only.
-    parts = key.translate(_NAME_ESCAPES).split('\\"')
-    return '\\\\"'.join(part.replace('"', quote) for part in parts)
+    return key.translate(_NAME_ESCAPES).replace('\\"', '\\\\"')
 
 
 def _escape_value(value: float | bool | str) -> str:

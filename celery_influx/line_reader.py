@@ -223,6 +223,14 @@ def _scalar_end(line: bytes, at: int) -> int:
     return end
 
 
+def is_scalar(word: str) -> bool:
+    """Whether influxd, where it looks for the end of the fields, takes this for a value."""
+    try:
+        return _scalar_end(word.encode(), 0) > 0
+    except DecodeError:
+        return False
+
+
 _TYPE_WORDS = {float: "float", int: "integer", str: "string", bool: "boolean"}
 _BOOLS = {
     **dict.fromkeys((b"t", b"T", b"true", b"True", b"TRUE"), True),

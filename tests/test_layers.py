@@ -25,6 +25,7 @@ BANDS = {
     "celery_influx.errors": CORE,
     "celery_influx.point": CORE,
     "celery_influx.line_reader": CORE,
+    "celery_influx.line_search": CORE,
     "celery_influx.line_protocol": CORE,
     "celery_influx.measurements": CORE,
     "celery_influx.task_points": CORE,

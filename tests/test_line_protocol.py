@@ -185,11 +185,33 @@ def test_odd_names_that_influxdb_stores_are_written(point: Point) -> None:
     assert parse(line + b"\nn g=1") == ([point, Point("n", {"g": 1.0})], [])
 
 
-def test_the_order_of_tags_is_changed_where_that_saves_the_point() -> None:
-    tags = {"b,": ":", "é": "-\\ \\\\,/", "😀,= a": "\\=1"}
-    point = Point("/", {'"\\😀"=': "'bb", "host": '"', '"é': "😀"}, tags)
+@pytest.mark.parametrize(
+    ("fields", "tags"),
+    [
+        (
+            {'"\\😀"=': "'bb", "host": '"', '"é': "😀"},
+            {"b,": ":", "é": "-\\ \\\\,/", "😀,= a": "\\=1"},
+        ),
+        ({" ": 1}, {'"\\ ': "\\ ", "p": "v", "q": "v", "r": "v", "s": "v", " ": '"'}),
+        ({"f": "a\nb"}, {f"d\\ {number}": '"' for number in range(40)}),
+        (dict.fromkeys("abcdef", 'x, y = "z"\\n' * 99), {'"\\ ': "\\ ", " ": '"'}),
+        ({'\\="': True, "\\,a": '"'}, None),
+    ],
+    ids=["first", "six tags", "40 that mislead", "long strings", "fields"],
+)
+def test_the_order_of_tags_and_fields_is_changed_where_that_saves_the_point(
+    fields: dict[str, Any], tags: dict[str, str] | None
+) -> None:
+    point = Point("/", fields, tags)
 
     assert parse(encode(point) + b"\nn g=1") == ([point, Point("n", {"g": 1.0})], [])
+
+
+def test_an_order_that_is_not_there_is_not_looked_for_too_long() -> None:
+    tags = {f"d{number}": "p\\ q" + "\\," * number for number in range(1, 40)}
+
+    with pytest.raises(PointError, match="would together end the line at another place"):
+        encode(Point("m", {"f": "a\nb"}, tags))
 
 
 def test_a_line_never_swallows_the_next_one() -> None:

@@ -32,6 +32,7 @@ SPECIAL = [" ", ",", "=", "\\", "\\\\", '"', " ", ",", "=", "\\", '"']
 ODD = ["\n", "\r", "\t", "\0", "\x0b", "\x7f", "\x85", "\u2028", "\ufeff", "#", "#!~", "\ud800"]
 MILD = [" ", ",", "=", '"', ", ", "= =", "\r"]
 WORDS = ["time", "_name", "_series", "_field", "t", "f=1", " f=1 1", "i", "#", ""]
+MISLEADING = ["a", "a", "\\ ", "\\=", "\\,", '\\"', "\\\n", "\n", " ", ",", "=", '"', '"']
 VALUES: list[Any] = [
     0.0, -0.0, 1.5, 0.1 + 0.2, 5e-324, 1.7976931348623157e308, 1e22, -1e-7,
     float("nan"), float("inf"), 0, 1, -1, 2**63 - 1, -(2**63), 2**63, 10**400, True, False, None,
@@ -73,15 +74,57 @@ class Hostile:
         return "".join(self.one_of(pool) for _ in range(1 + self.below(6)))
 
     def point(self) -> Point:
-        """Up to three tags and fields, any time; seven points of eight have only mild names."""
+        """Up to six tags and three fields, any time; seven points of eight have only mild names."""
         name = self.mild if self.below(8) else self.name
-        tags = {name(): name() for _ in range(self.below(4))}
+        tags = {name(): name() for _ in range(self.below(7))}
         fields = {
             name(): name() if self.below(4) else self.one_of(VALUES)
             for _ in range(1 + self.below(3))
         }
         time = self.below(10**18) if self.below(8) else self.one_of(TIMES)
         return Point(name(), fields, tags or None, time)
+
+
+class Misleading(Hostile):
+    """Points whose names mislead influxd about where the line and its fields end."""
+
+    def name(self) -> str:
+        """Mostly of what has a meaning, but no backslash last."""
+        return "".join(str(self.one_of(MISLEADING)) for _ in range(1 + self.below(3)))
+
+    def point(self) -> Point:
+        """Up to five tags, up to three fields."""
+        tags = {self.name(): self.name() for _ in range(self.below(6))}
+        fields = {self.name(): self.below(2) == 1 or self.name() for _ in range(1 + self.below(3))}
+        return Point(self.mild(), fields, tags or None, self.below(10**18))
+
+    def line(self, point: Point) -> bytes:
+        """The point in some order, escaped in some way that could give it back."""
+
+        def name(text: str) -> str:
+            return re.sub("[ ,=]", r"\\\g<0>", text)
+
+        def key(match: re.Match[str]) -> str:
+            unit, bare = match[0], self.below(8)
+            return unit if (bare and unit == '"') or (not bare and unit in " ,") else f"\\{unit}"
+
+        def string(match: re.Match[str]) -> str:
+            unit = match[0]
+            escape = "" if unit == '"' or (unit == "\\" and self.below(2)) else "\\"
+            return escape + unit.replace('"', '\\"')
+
+        def field(pair: tuple[str, Any]) -> str:
+            begin = re.sub(r'\\?[ ,="]', key, pair[0])
+            return f"{begin}=" + (
+                "t" if pair[1] is True else '"{}"'.format(re.sub(r'\\?"|\\', string, pair[1]))
+            )
+
+        def shuffled(mapping: Any) -> list[tuple[str, Any]]:
+            return sorted(mapping.items(), key=lambda _: self._random())
+
+        tags = (f",{name(key)}={name(text)}" for key, text in shuffled(point.tags or {}))
+        head = re.sub("[ ,]", r"\\\g<0>", point.measurement) + "".join(tags)
+        return f"{head} {','.join(map(field, shuffled(point.fields)))} {point.timestamp}".encode()
 
 
 _NEIGHBOUR = Point("neighbour", {"f": "a", "g": 1}, {"t": "a"}, 1)
@@ -164,7 +207,9 @@ def report(count: int = SAMPLE) -> str:
         "No way of writing a refused point makes influxd hold it and leaves its neighbours alone\n"
         "(`test_refused.py`), but for one: before points of which `backslashes, quotes and newlines\n"
         "in its names` or `a tab or NUL` is said, a field `time`, which influxd leaves out, can help.\n"
-        "It is not written: nobody gave it, and other servers keep it.\n\n"
+        "It is not written: nobody gave it, and other servers keep it. Nor is a field written twice,\n"
+        "of which influxd keeps the last, or a string with a bare quote, of which it cuts off\n"
+        "whatever comes last.\n\n"
         f"| points | outcome |\n|---|---|\n{rows}"
     )
 

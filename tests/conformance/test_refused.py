@@ -118,8 +118,7 @@ def writable(point: Point) -> Point:
         value = float(given) if isinstance(given, Decimal) else given
         if type(value) in (bool, int, str) or (type(value) is float and value - value == 0):
             fields[key] = value
-    # A tag and a field of one name could not be told apart when they are read back.
-    tags = {key: value for key, value in (point.tags or {}).items() if value and key not in fields}
+    tags = {key: value for key, value in (point.tags or {}).items() if value}
     return point._replace(fields=fields, tags=tags or None)
 
 

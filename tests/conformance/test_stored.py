@@ -10,8 +10,9 @@ import pytest
 
 from celery_influx.errors import PointError
 from celery_influx.line_protocol import Encoder, encode
+from celery_influx.line_reader import parse
 from celery_influx.point import Point, Precision
-from tests.conformance.hostile import Hostile
+from tests.conformance.hostile import Hostile, Misleading
 from tests.conformance.reading import exactly, key_of, read_back
 from tests.servers import Influxd, wait_for
 
@@ -23,12 +24,9 @@ COUNT = 400
 def hostile_lines(seed: int) -> list[tuple[Point, bytes]]:
     """Points that the encoder takes, each a measurement of its own, with their lines.
 
-    Own measurements, since the first type of a field wins; and no key both of a tag and of a
-    field anywhere, since queries answer such ones under another name.
+    Own measurements, since the first type of a field wins.
     """
     hostile = Hostile(seed)
-    tag_keys: set[str] = set()
-    field_keys: set[str] = {"ok"}
     found: list[tuple[Point, bytes]] = []
     while len(found) < COUNT:
         name, fields, tags, _ = hostile.point()
@@ -41,14 +39,10 @@ def hostile_lines(seed: int) -> list[tuple[Point, bytes]]:
             if not isinstance(value, float) or math.isfinite(value)
         }
         point = Point(name, fields, tags or None, len(found) - 200)
-        if tag_keys & fields.keys() or field_keys & tags.keys() or tags.keys() & fields.keys():
-            continue
         try:
             line = encode(point)
         except PointError:
             continue
-        tag_keys |= tags.keys()
-        field_keys |= fields.keys()
         found.append((point, line))
     return found
 
@@ -103,9 +97,35 @@ def test_hostile_points_sent_by_udp_are_stored_and_survive_a_restart(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    "seed", [10, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(11, 21))]
+)
+def test_each_point_that_some_line_gives_is_encoded_and_stored_exactly(
+    influxd: Influxd, database: str, seed: int
+) -> None:
+    misleading = Misleading(seed)
+    neighbour = Point("neighbour", {"ok": 1}, None, 1)
+    lines = []
+    for number in range(2_000):
+        point = misleading.point()._replace(measurement=f"m{number}", timestamp=number)
+        if parse(misleading.line(point) + b"\n" + encode(neighbour)) == ([point, neighbour], []):
+            lines.append((point, encode(point)))
+
+    assert len(lines) > 200
+    for payload in payloads(lines):
+        assert influxd.write(payload, database) == (204, "")
+    check(influxd, database, lines)
+
+
+@pytest.mark.parametrize(
     "point",
     [
         Point("m", {'a"b': "x", "c": "y"}, {"k\\ ": "v", "l": " \\=v"}, 1),
+        Point(
+            "m", {"f": 1.5}, {'"\\ ': "\\ ", "o": "v", "p": "v", "q": "v", "r": "v", " ": '"'}, 1
+        ),
+        Point("m", {"f": True, "g\\,": True, '\\="h': True}, {",": "\\="}, 1),
+        Point("m", {"\\=t,f": 1.5}, None, 1),
+        Point("m", {'f\n"g': True, '"': " \\\n"}, {"k\\ ": "v"}, 1),
         Point("m", {'é"😀11': "\\\\", "queue": "_"}, {'""a\\ ': " _", "b": " \\=é "}, 1),
         Point("m", {"f": "x"}, {"' \na": 'h"', "#": "'\"-\\\\.", "é\0=\\ ": ":b c"}, 1),
     ],
