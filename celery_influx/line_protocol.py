@@ -13,6 +13,7 @@ Checked against influxd 1.6.7 and influxdata/line-protocol-corpus: tests/conform
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -392,13 +393,18 @@ def _value(name: str, key: str, given: object) -> float | bool | str | None:
             return float.__float__(value)
         if isinstance(value, str):
             return str.__str__(value)
-        if isinstance(value, Decimal):
-            return float("nan") if value.is_nan() else float(value)
         try:
-            if isinstance(value, Enum):
+            if isinstance(value, Decimal):
+                number = math.nan if value.is_nan() else float(value)
+            elif isinstance(value, Enum):
                 value = value.value
+                continue
             elif getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-                value = value.item()
+                if getattr(getattr(value, "dtype", None), "kind", "") != "f":
+                    value = value.item()
+                    continue
+                # Not item(): numpy's long double, which Python has not, gives itself.
+                number = float(value)  # type: ignore[arg-type]
             else:
                 break
         except Exception as error:
@@ -406,6 +412,12 @@ def _value(name: str, key: str, given: object) -> float | bool | str | None:
                 f"{name}: field {_show(key)} cannot be read: {_show(error)};"
                 " expected float, int, bool or str"
             ) from error
+        if math.isinf(number) and number != value:
+            raise FieldError(
+                f"{name}: field {_show(key)}: {_show(value)} is beyond InfluxDB's 64-bit floats;"
+                " expected -1.7976931348623157e+308 to 1.7976931348623157e+308. Send a str"
+            )
+        return number
     advice = "a datetime as .isoformat(), bytes as .decode(), anything else as str() or a number"
     raise FieldError(
         f"{name}: field {_show(key)}: {_show(given)} is of type {type(given).__name__};"

@@ -13,9 +13,10 @@ class Point(NamedTuple):
 
     Attributes:
         measurement: What is measured, such as ``"checkout"``.
-        fields: Name to value: float, int (64 bits, signed), bool or str; numpy scalars and
-            ``Decimal`` become what they mean. ``None`` is left out; so are NaN and infinity,
-            which InfluxDB cannot store. At least one field must remain.
+        fields: Name to value: float, int (64 bits, signed), bool or str. numpy scalars become
+            what they hold, a ``Decimal`` or a long double the nearest float (64 bits), if there
+            is one. ``None`` is left out; so are NaN and infinity, which InfluxDB cannot store.
+            At least one field must remain.
         tags: Name to value, indexed by InfluxDB; values are written as strings. ``None`` and
             the empty string are left out: InfluxDB knows no empty tag.
         timestamp: Nanoseconds since 1970 in UTC, or a datetime (a naive one is taken as UTC).

@@ -13,6 +13,7 @@ import ssl
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -356,6 +357,18 @@ POINTS = [
             (object, "<class 'object'>"),
             (1j, "1j"),
             (Broken(), "<Broken whose repr raises KeyError>"),
+        )
+    ),
+    *(
+        sent(
+            Point("m", {"f": value}),
+            f"point 'm': field 'f': {shown} is beyond InfluxDB's 64-bit floats; expected "
+            "-1.7976931348623157e+308 to 1.7976931348623157e+308. Send a str",
+            FieldError,
+        )
+        for value, shown in (
+            (Decimal("1e400"), "Decimal('1E+400')"),
+            (Decimal("-1e309"), "Decimal('-1E+309')"),
         )
     ),
     sent(

@@ -70,7 +70,8 @@ def test_a_point_without_tags_and_time_has_neither_in_its_line() -> None:
         (True, b"true"), (False, b"false"), (3, b"3i"), (Level.HIGH, b"3i"), (-(2**63), b"-9223372036854775808i"),
         (2**63 - 1, b"9223372036854775807i"), (1e300, b"1e+300"), (-0.0, b"-0.0"), (Plain.HALF, b"0.5"),
         (Colour.RED, b'"red"'), (Word("w"), b'"w"'), (Decimal("1.25"), b"1.25"), ("a\nb\0", b'"a\nb\0"'),
-        ("", b'""'),
+        ("", b'""'), (Decimal("0.1000000000000000000001"), b"0.1"), (Decimal(2**64), b"1.8446744073709552e+19"),
+        (Decimal("1e-400"), b"0.0"), (Decimal("-1.79769313486231575e308"), b"-1.7976931348623157e+308"),
     ],
 )  # fmt: skip
 def test_a_field_value_is_written_by_what_it_is(value: object, text: bytes) -> None:
@@ -81,13 +82,18 @@ def test_numpy_scalars_are_written_as_what_they_hold() -> None:
     np = load("numpy")
     values = {
         "a": np.float64(0.1), "b": np.float32(0.5), "c": np.int64(2), "d": np.uint8(3),
-        "e": np.bool_(True), "g": np.str_("x"), "h": np.array(4),
+        "e": np.bool_(True), "g": np.str_("x"), "h": np.array(4), "i": np.float16(0.5),
+        "j": np.longdouble(1.5), "k": np.array(np.longdouble(0.25)), "l": np.longdouble("nan"),
+        "m": -np.longdouble("inf"),
     }  # fmt: skip
 
     line = encode(Point("m", values, {"t": np.int64(5)}, np.int64(6)))
 
-    assert line == b'm,t=5 a=0.1,b=0.5,c=2i,d=3i,e=true,g="x",h=4i 6'
-    for refused in (np.datetime64("2020-01-01"), np.bytes_(b"x"), np.array([1]), np.uint64(2**63)):
+    assert line == b'm,t=5 a=0.1,b=0.5,c=2i,d=3i,e=true,g="x",h=4i,i=0.5,j=1.5,k=0.25 6'
+    for refused in (
+        np.datetime64("2020-01-01"), np.bytes_(b"x"), np.array([1]), np.array([1.5]), np.uint64(2**63),
+        np.clongdouble(1), np.longdouble("1e4000"),
+    ):  # fmt: skip
         with pytest.raises(FieldError):
             encode(Point("m", {"f": refused}))
 
@@ -100,9 +106,10 @@ def test_nan_and_infinity_are_left_out_and_counted_and_none_is_only_left_out() -
     line = encoder.encode(Point("m", {"a": nan, "b": inf, "c": -inf, "d": None, "f": 1}))
     encoder.encode(Point("m", {"a": None, "f": 1}))
     encoder.encode(Point("m", {"a": Decimal("NaN"), "b": Decimal("sNaN"), "f": 1}))
+    encoder.encode(Point("m", {"a": Decimal("-Infinity"), "f": 1}))
 
     assert line == b"m f=1i"
-    assert counts == [3, 2]
+    assert counts == [3, 2, 1]
 
 
 def test_empty_and_none_tags_are_left_out_and_other_values_become_text() -> None:
