@@ -1,10 +1,10 @@
 """A small UDP and HTTP line-protocol server for development and tests, as strict as influxd.
 
 What influxd 1.6.7 refuses it refuses, in the same words. Simpler than influxd: it has one
-database and keeps it in memory; there is no authentication and no InfluxQL; a type conflict on a
-new field always costs the later point only, where influxd, in a new shard, loses the whole batch;
-and a measurement or field key that is no UTF-8 is always refused, where influxd, in a shard that
-exists, takes it and cannot open the shard when it starts again.
+database and keeps it in memory, in shards of a week; there is no authentication and no InfluxQL;
+each datagram is written by itself, where influxd writes those of a moment together; and a
+measurement or field key that is no UTF-8 is always refused, where influxd, in a shard that exists,
+takes it and cannot open the shard when it starts again.
 
 Run it: ``python -m celery_influx.listener``
 """
@@ -50,6 +50,8 @@ _FATAL = ("proto", "engine")
 _REFUSED_KEPT = 1000
 _ONE_LINE = bytes.maketrans(b"\r\n", b"  ")
 _TOO_OLD = "points beyond retention policy"
+_CONFLICT = "field type conflict"
+_DAY = 86_400 * 10**9
 
 
 @dataclass
@@ -103,7 +105,8 @@ class Listener:
         self._max_points = max_points
         self._refused: deque[str] = deque(maxlen=_REFUSED_KEPT)
         self._rows: dict[tuple[str, frozenset[tuple[str, str]], int], dict[str, Any]] = {}
-        self._types: dict[tuple[str, str], type] = {}
+        #: By shard, of which each has types of its own.
+        self._types: dict[int, dict[tuple[str, str], type]] = {}
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._udp: socket.socket | None = None
@@ -293,10 +296,12 @@ class Listener:
         if broken:
             return 500, broken[0]
         dropped += self._store(points, unit)
+        if _CONFLICT in dropped:
+            return 400, _CONFLICT
         # influxd first parts the points by their age, and says that last.
         dropped = [text for text in dropped if text != _TOO_OLD] or dropped
         if dropped:
-            return 400, f"partial write: {dropped[-1]} dropped={len(dropped)}"
+            return 400, f"partial write: {dropped[0]} dropped={len(dropped)}"
         if unparsed:
             return 400, f"partial write: {chr(10).join(unparsed)} dropped=0"
         return 204, ""
@@ -318,38 +323,60 @@ class Listener:
         """Store the points; why some were dropped."""
         now = time.time_ns()
         dropped = []
+        shards: dict[int, list[tuple[int, Point]]] = {}
         for point in points:
             ticks = point.timestamp if isinstance(point.timestamp, int) else now // unit
             if self._retention is not None and ticks * unit < now - self._retention:
                 dropped.append(_TOO_OLD)
-                continue
-            conflict = self._type_conflict(point)
-            if conflict:
-                dropped.append(conflict)
-                continue
-            key = (point.measurement, frozenset((point.tags or {}).items()), ticks * unit)
+            else:
+                week = (ticks * unit + 3 * _DAY) // (7 * _DAY)  # they begin on Mondays
+                shards.setdefault(week, []).append((ticks * unit, point))
+        for shard, rows in shards.items():
+            old = shard in self._types
+            types = self._types.setdefault(shard, {})
+            reasons = self._store_in(types, rows)
+            # influxd tries again what fails, but not the attempt that makes the shard.
+            if old and reasons == [_CONFLICT]:
+                reasons = self._store_in(types, rows)
+            dropped += reasons
+        return dropped
+
+    def _store_in(
+        self, types: dict[tuple[str, str], type], rows: list[tuple[int, Point]]
+    ) -> list[str]:
+        """Store in one shard: nothing, where points differ in the type of a new field."""
+        conflicts = [_type_conflict(types, point) for _, point in rows]
+        kept = [row for row, conflict in zip(rows, conflicts, strict=True) if not conflict]
+        rows[: len(kept)] = kept  # as influxd does, for its second attempt
+        for _, point in kept:
+            for field, value in point.fields.items():
+                if types.setdefault((point.measurement, field), type(value)) is not type(value):
+                    return [_CONFLICT]
+        for timestamp, point in kept:
+            key = (point.measurement, frozenset((point.tags or {}).items()), timestamp)
             self._rows.setdefault(key, {}).update(point.fields)
             if self._max_points is not None and len(self._rows) > self._max_points:
                 del self._rows[next(iter(self._rows))]
             if self._verbose:
-                _say(_readable(point, ticks * unit))
-        return dropped
-
-    def _type_conflict(self, point: Point) -> str:
-        for field, value in point.fields.items():
-            known = self._types.setdefault((point.measurement, field), type(value))
-            if known is not type(value):
-                return (
-                    f'field type conflict: input field "{field}" on measurement'
-                    f' "{point.measurement}" is type {_TYPE_WORDS[type(value)]}, already exists as'
-                    f" type {_TYPE_WORDS[known]}"
-                )
-        return ""
+                _say(_readable(point, timestamp))
+        return [conflict for conflict in conflicts if conflict]
 
     def _refuse(self, reason: str) -> None:
         self._refused.append(reason)
         if self._verbose:
             _say(f"REFUSED {reason}")
+
+
+def _type_conflict(types: dict[tuple[str, str], type], point: Point) -> str:
+    for field, value in point.fields.items():
+        known = types.get((point.measurement, field), type(value))
+        if known is not type(value):
+            return (
+                f'field type conflict: input field "{field}" on measurement'
+                f' "{point.measurement}" is type {_TYPE_WORDS[type(value)]}, already exists as'
+                f" type {_TYPE_WORDS[known]}"
+            )
+    return ""
 
 
 class _HTTPServer(socketserver.ThreadingTCPServer):
