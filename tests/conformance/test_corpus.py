@@ -18,15 +18,16 @@ import pytest
 import requests
 
 from celery_influx.errors import PointError
-from celery_influx.line_protocol import encode
 from celery_influx.line_reader import parse
 from celery_influx.point import Point
+from tests.conformance.encoders import both_encode
 from tests.conformance.hostile import REFUSALS
 from tests.conformance.reading import exactly
 from tests.servers import Influxd
 
 pytestmark = pytest.mark.once
 
+encode = both_encode()
 CORPUS: dict[str, Any] = json.loads(Path(__file__).with_name("corpus.json").read_text("utf-8"))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from celery_influx.errors import PointError
-from celery_influx.line_protocol import Encoder, encode
 from celery_influx.line_reader import parse
 from celery_influx.point import Point, Precision
+from tests.conformance.encoders import both_encode
 from tests.conformance.hostile import Hostile, Misleading
 from tests.conformance.reading import exactly, key_of, read_back
 from tests.servers import Influxd, wait_for
@@ -19,6 +19,7 @@ from tests.servers import Influxd, wait_for
 pytestmark = pytest.mark.once
 
 COUNT = 400
+encode = both_encode()
 
 
 def hostile_lines(seed: int) -> list[tuple[Point, bytes]]:
@@ -154,8 +155,8 @@ def test_times_arrive_rounded_down_in_each_precision(
     influxd: Influxd, database: str, precision: Precision
 ) -> None:
     times = [1_700_000_000_123_456_789, 0, -1, 9_223_372_036_000_000_000, -9_223_372_036 * 10**9]
-    encoder = Encoder(precision=precision)
-    lines = b"\n".join(encoder.encode(Point("m", {"f": 1}, None, time)) for time in times)
+    encode = both_encode(precision=precision)
+    lines = b"\n".join(encode(Point("m", {"f": 1}, None, time)) for time in times)
 
     assert influxd.write(lines, database, precision=precision.value) == (204, "")
 

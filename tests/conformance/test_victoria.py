@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import requests
 from celery_influx.database import Database
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from tests.python_only import python_only
 from tests.servers import VictoriaMetrics, wait_for
 
 pytestmark = pytest.mark.once
@@ -90,9 +92,12 @@ class Sent:
         return found
 
 
-@pytest.fixture
-def sent(victoria: VictoriaMetrics, transport: str) -> Sent:
-    return Sent(victoria, transport)
+@pytest.fixture(params=[nullcontext, python_only], ids=["as built", "python"])
+def sent(
+    request: pytest.FixtureRequest, victoria: VictoriaMetrics, transport: str
+) -> Iterator[Sent]:
+    with request.param():
+        yield Sent(victoria, transport)
 
 
 def series(measurement: str, fields: dict[str, float], ms: int = 0, /, **labels: str) -> Series:
