@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from typing import Any
 
-from celery import Task
+from celery import Task, signals
 
 import celery_influx
 from tests.integration.apps.base import make_app, store
 
 app = make_app("torture", worker_prefetch_multiplier=4)
 influx = celery_influx.install(app)
+
+
+@signals.worker_shutdown.connect(weak=False)  # after the plugin is, and so called after it
+def _note_the_account(**_: Any) -> None:
+    store().rpush("accounts", json.dumps(influx.stats()["main"]))
 
 
 @app.task(name="torture.work", bind=True, ignore_result=True)
