@@ -153,6 +153,7 @@ def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
 @pytest.mark.parametrize(
     "rounds", [10, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
 )
+@pytest.mark.once
 def test_calls_leave_the_memory_as_it_was(rounds: int) -> None:
     """5,000 points in each round, of every kind; the long form makes 100 million calls."""
     wild = Wild(3)
