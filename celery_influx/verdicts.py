@@ -39,6 +39,7 @@ class _Watched(_Base):  # type: ignore[misc]
     """Laid over a request's class: what it does it does unchanged, and then says what it was."""
 
     _goes_back = False  # the message, to the queue; or the task, as a retry
+    _had_succeeded = False
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         """The pool failed: a child died, or a hard time limit. Or the child says the task did."""
@@ -56,6 +57,9 @@ class _Watched(_Base):  # type: ignore[misc]
     def _judge_error(self, error: BaseException) -> None:
         if isinstance(error, Terminated):
             self._judge("REVOKED", None)
+            return
+        if self._had_succeeded:
+            self._judge("SUCCESS", None)
             return
         lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
         self._judge_failure(LOST if lost else type(error).__name__)
@@ -85,6 +89,12 @@ class _Watched(_Base):  # type: ignore[misc]
         """Celery 5.7's own way to start a lost task again."""
         self._goes_back = bool(super()._retry_worker_lost(*args))
         return self._goes_back
+
+    def _success_was_stored(self) -> Any:
+        """Celery 5.7's own look whether a task had its result before its child was lost."""
+        found = super()._success_was_stored()
+        self._had_succeeded = bool(found)
+        return found
 
     def _judge_failure(self, exception: str) -> None:
         self._judge("RETRY" if self._goes_back else "FAILURE", exception)

@@ -26,6 +26,7 @@ import pytest
 import redis
 from celery import Celery
 from celery.app.defaults import NAMESPACES
+from celery.worker.request import Request
 from kombu import Producer
 
 import celery_influx
@@ -42,6 +43,7 @@ from tests.servers import Influxd, RabbitMQ, Redis, wait_for
 #: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
 #: limit what is not.
 HAS_SOFT_SHUTDOWN = "soft_shutdown_timeout" in NAMESPACES["worker"]
+LOOKS_AT_RESULTS = hasattr(Request, "_success_was_stored")
 LOST = "WorkerLostError"
 #: A run that was over before anything could be done to it.
 OK = ("SUCCESS", None)
@@ -210,6 +212,10 @@ ROWS = {
         sent("succeed and die", task="without_result"), [OK], PREFORK, task="runs.without_result"
     ),
     "killed after its end, with a result": Row(sent("succeed and die"), [OK], PREFORK),
+    # Celery 5.7 looks what the child has stored before it was lost.
+    "killed when its result is stored": Row(
+        sent("succeed in 0.3"), [OK if LOOKS_AT_RESULTS else ("FAILURE", LOST)], PREFORK
+    ),
     "acks late, killed": Row(
         sent("kill", task="late"), [("FAILURE", LOST)], PREFORK, task="runs.late"
     ),

@@ -67,6 +67,8 @@ def _end(task: Task, how: str, number: int) -> Any:
         _kill(task, signal.SIGKILL)
     if how == "crash":
         _kill(task, signal.SIGSEGV)
+    if how.startswith("succeed in"):
+        time.sleep(float(how.rpartition(" ")[2]))
     if how.startswith("sleep") and ("once" not in how or number == 1):
         time.sleep(float(how.rpartition(" ")[2]))
     return how
@@ -120,6 +122,13 @@ def canvas(self: Task) -> list[str]:
         *[each.id for each in body.parent.results],
         body.id,
     ]
+
+
+@signals.task_success.connect(weak=False)
+def kill_before_the_end(result: Any = None, **_: Any) -> None:
+    """Of a task that asks for it, kill the child when its result is stored, and its run goes on."""
+    if isinstance(result, str) and result.startswith("succeed in"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @signals.task_postrun.connect(weak=False)
