@@ -21,6 +21,7 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -878,16 +879,31 @@ typedef struct {
     /* With a buffer: called with the number of lines dropped, where there are, or a batch is due.
     With the relay: called with a line that its pipe did not take at once; whether it did then. */
     PyObject *wake;
+    PyObject *handler_of; /* of a signal, or NULL with a buffer */
     Py_buffer points;
     long long due_lines, due_bytes;
     int pipe, database;
     int refused; /* the last one, by Python too: it knows when one gets through again */
 } Sender;
 
+/* Whether the process lives on after a write to a pipe that nobody reads; -1 with an exception. */
+static int survives(Sender *self)
+{
+    PyObject *handler = PyObject_CallFunction(self->handler_of, "i", SIGPIPE);
+    if (handler == NULL)
+        return -1;
+    int lives = !PyLong_CheckExact(handler) || PyLong_AsLong(handler) != 0; /* SIG_DFL */
+    Py_DECREF(handler);
+    return lives;
+}
+
 static PyObject *write_point(Sender *self, const Line *line)
 {
     *(uint64_t *)self->points.buf += 1;
-    if (!self->refused && write_frame(self->pipe, self->database, line->text, line->length))
+    int lives = survives(self);
+    if (lives < 0)
+        return NULL;
+    if (lives && !self->refused && write_frame(self->pipe, self->database, line->text, line->length))
         Py_RETURN_NONE;
     PyObject *bytes = PyBytes_FromStringAndSize(line->text, line->length);
     PyObject *taken = bytes == NULL ? NULL : PyObject_CallOneArg(self->wake, bytes);
@@ -946,6 +962,7 @@ static int sender_traverse(Sender *self, visitproc visit, void *arg)
     Py_VISIT(self->buffer);
     Py_VISIT(self->send);
     Py_VISIT(self->wake);
+    Py_VISIT(self->handler_of);
     Py_VISIT(self->points.obj);
     return 0;
 }
@@ -958,6 +975,7 @@ static void sender_dealloc(Sender *self)
     Py_XDECREF(self->buffer);
     Py_XDECREF(self->send);
     Py_XDECREF(self->wake);
+    Py_XDECREF(self->handler_of);
     PyBuffer_Release(&self->points);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
@@ -1133,15 +1151,16 @@ static PyObject *sender(PyObject *module, PyObject *args)
 static PyObject *relay_sender(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    PyObject *encode, *points, *python_send, *put;
+    PyObject *encode, *points, *python_send, *put, *handler_of;
     int pipe, database;
     if (!PyArg_ParseTuple(
-            args, "O!iiOOO:relay_sender", &PyCFunction_Type, &encode, &pipe, &database, &points,
-            &python_send, &put))
+            args, "O!iiOOOO:relay_sender", &PyCFunction_Type, &encode, &pipe, &database, &points,
+            &python_send, &put, &handler_of))
         return NULL;
     Sender *self = make_sender(state, encode, points, python_send, put);
     if (self == NULL)
         return NULL;
+    self->handler_of = Py_NewRef(handler_of);
     self->pipe = pipe;
     self->database = database;
     return send_of(self);
@@ -1153,7 +1172,7 @@ static PyMethodDef methods[] = {
     {"sender", sender, METH_VARARGS,
      "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
     {"relay_sender", relay_sender, METH_VARARGS,
-     "relay_sender(encode, pipe, database, points, send, put): a send through the relay."},
+     "relay_sender(encode, pipe, database, points, send, put, handler_of): one to the relay."},
     {"take_lines", take_lines, METH_VARARGS,
      "take_lines(data, position): position after the lines there, their database, the lines."},
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,

@@ -47,6 +47,7 @@ def relay_sender(
     points: memoryview,
     send: Callable[[Point], None],
     put: Callable[[builtins.bytes], bool],
+    handler_of: Callable[[int], object],
 ) -> Callable[[Point], None]: ...
 def take_lines(data: builtins.bytes, position: int) -> tuple[int, int, list[builtins.bytes]]: ...
 def run_line(

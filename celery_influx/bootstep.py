@@ -33,7 +33,10 @@ class InfluxStep(bootsteps.StartStopStep):
         """
         super().__init__(parent, **kwargs)
         self.influx: Influx = parent.app.influx
-        self.influx.start_worker(parent.hostname, _pool(parent))
+        pool = _pool(parent)
+        self.influx.start_worker(parent.hostname, pool)
+        if pool in ("prefork", "spawn") and self.influx.records_tasks:
+            our_signals.guard(parent.app)
         tasks.register(parent.app, self.influx)
         if any(database.options.http_port for database in self.influx):
             http.load()  # else a thread would, in the middle of the work

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import weakref
+from _signal import getsignal as handler_of  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -155,19 +156,14 @@ class Database:
         self._counters[POINTS] += 1
         self._put(line)
 
-    def send_end(self, line: bytes, wrong: Exception | None = None) -> None:
-        """Send a line, b"" for none; in a pool child, the end of the run it is of, too.
+    def send_line(self, line: bytes, wrong: Exception | None = None) -> None:
+        """Queue a line of ``encode``'s, b"" for none.
 
         ``wrong``: what making it raised, to be dealt with as ``send_data`` does.
         """
         if line:
             self._counters[POINTS] += 1
-        # The worker must hear of the end, whatever became of the point.
-        if self._relay:
-            if not self._relay.put_end(line) and line:
-                self._count_unrelayed()
-        elif line:
-            self._put_own(line)
+            self._put(line)
         if wrong:
             self._reject(wrong)
 
@@ -394,7 +390,13 @@ class Database:
         quick: Callable[[Point], None]
         if relay:
             quick = extension.relay_sender(
-                self._encode, relay.pipe, relay.database, points, self._send, self._put_relay
+                self._encode,
+                relay.pipe,
+                relay.database,
+                points,
+                self._send,
+                self._put_relay,
+                handler_of,
             )
             return quick
         quick = extension.sender(

@@ -22,15 +22,16 @@ from celery.local import Proxy
 from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 
 from celery_influx.batcher import Batcher, is_green
-from celery_influx.counters import DROPPED, Counters
+from celery_influx.counters import DROPPED, POINTS, Counters
 from celery_influx.database import Database
 from celery_influx.errors import ConfigError
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
-from celery_influx.relay import START, VERDICT, Relay
+from celery_influx.relay import Relay
+from celery_influx.report import Report
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
-from celery_influx.task_points import Facts, point_of, quick_run_line, tags_of
+from celery_influx.task_points import Facts, Run, point_of, quick_run_line, tags_of
 from celery_influx.timing import Timer
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ class Influx:
         self._lock = threading.RLock()
         self._settled = False
         self._forked = False
-        self._child_relay: Relay | None = None  # in a pool child
+        self._child_relay: Relay | None = None  # in a pool child, with what it needs there
+        self._number: int
+        self._counters: memoryview
+        self._report = _make_report()
         self._queue_names: dict[tuple[str, str], str] = {}
         #: Whether tasks run in greenlets, many to a thread.
         self.is_green = False
@@ -256,16 +260,17 @@ class Influx:
 
     # -- for the signals -------------------------------------------------------------------------
 
-    def start_run(self, run_id: str | None, facts: Facts, *, goes_back: bool) -> None:
+    def start_run(self, run: Run, run_id: str | None, *, goes_back: bool) -> None:
         """In a pool child: tell the worker that a run starts, which it must end if we cannot.
 
-        ``goes_back``: if the worker ends before the run does, the queue gives it out again.
+        ``goes_back``: if the worker ends before the run does, the queue gives it out again. To do
+        so twice is to do it once.
         """
         if not self._settled:
             self._settle()
         if self._child_relay:
-            frame = start_frame(run_id, time.time_ns(), facts, goes_back)
-            self._child_relay.put(0, frame, START)
+            frame = start_frame(run_id, run.began, run.facts, goes_back)
+            self._child_relay.put_start(frame)
 
     def leave_pool(self) -> None:
         """In a pool child that ends in peace: hand over what the worker could not take before.
@@ -289,20 +294,40 @@ class Influx:
         self.default.send_data(point_of(facts, state, exception, runtime, cpu))
 
     def end_run(
-        self, facts: Facts, state: str, exception: str | None, runtime: int, cpu: int | None
+        self, run: Run, state: str, exception: str | None, runtime: int, cpu: int | None
     ) -> None:
-        """Write the point of a run that was told of by ``start_run``; times in ns."""
-        wrong: Exception | None = None
-        line = b""
+        """Write the point of a run that was told of by ``start_run``; times in ns.
+
+        To be done again where a soft time limit has come in between, unless the run is over.
+        """
+        line, wrong = b"", None
         try:
-            try:
-                line = self._line_of(facts, state, exception, runtime, cpu)
-            except SoftTimeLimitExceeded as limit:
-                wrong = limit
-                line = self._line_of(facts, state, exception, runtime, cpu)  # it comes only once
-        except Exception as error:  # noqa: BLE001 - a point's mistake, dealt with as such
+            line = self._line_of(run.facts, state, exception, runtime, cpu)
+        except Exception as error:  # a point's mistake, dealt with as such
+            if SoftTimeLimitExceeded in (type(error), type(error.__cause__)):
+                raise
             wrong = error
-        self.default.send_end(line, wrong)
+        relay = self._child_relay
+        if relay is None:
+            run.over = True
+            self.default.send_line(line, wrong)
+            return
+        # The worker must hear of the end, whatever became of the point.
+        kept = relay.put_end(self._number, run.began, line)
+        made = bool(line)
+        dropped = made and not kept
+        cells = self._counters
+        # In one statement without a call, for a signal's handler runs only between two.
+        cells[POINTS], cells[DROPPED], run.over = (
+            cells[POINTS] + made,
+            cells[DROPPED] + dropped,
+            True,
+        )
+        if dropped:
+            name = self.default.name
+            self._report.warn("end", "%s: dropped the point of a run: the pipe is full", name)
+        if wrong:
+            self.default.send_line(b"", wrong)
 
     def _line_of(
         self, facts: Facts, state: str, exception: str | None, runtime: int, cpu: int | None
@@ -334,7 +359,7 @@ class Influx:
         """
         if self._worker and self._worker.relay:
             frame = verdict_frame(pid, run_id, state, exception, facts)
-            self._worker.relay.put(0, frame, VERDICT)
+            self._worker.relay.put_verdict(frame)
 
     @_cached
     def records_tasks(self) -> bool:
@@ -406,6 +431,8 @@ class Influx:
                     {**tags, **self.options.tags},
                     relay.end_for(number) if relay else None,
                 )
+            self._number = list(databases).index(self.options.default_database)
+            self._counters = counters.row(self._number, row)
             self._child_relay = relay
             if relay is None and (self._forked or _is_child()):
                 _before_exit(self.close)
@@ -416,11 +443,16 @@ class Influx:
         self._lock = threading.RLock()
         self._settled = False
         self._child_relay = None
+        self._report = _make_report()
         self._forked = True
         if self._worker:
             self._worker.after_fork()
         for database in (self._databases or {}).values():
             database.begin_anew()
+
+
+def _make_report() -> Report:
+    return Report(logger, passing=(SoftTimeLimitExceeded,))
 
 
 class _Worker:

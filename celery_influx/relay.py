@@ -10,7 +10,7 @@ nothing half-written. Lengths part the frames, not newlines: a string field may 
     LINE      body is the line
     FRAGMENT  body is pid:u32 serial:u32 index:u16 count:u16 kind:u8, then a part of a long body
     START     a task's run starts in a child; body is `runs.start_frame`
-    END       it has ended; body is pid:u32, then the line of its point, if there is one
+    END       it has ended; body is pid:u32 began:u64, then the line of its point, if there is one
     SYNC      body is serial:u32; written by the worker to itself, to know how far it has read
     VERDICT   what Celery made of a run that was killed; by the worker, too: `runs.verdict_frame`
 """
@@ -23,12 +23,19 @@ import itertools
 import logging
 import os
 import select
+import signal
 import struct
+import sys
+import termios
 import threading
 import time
+
+# What `signal.getsignal` asks, in a twentieth of its time: it is asked before each write.
+from _signal import getsignal as handler_of  # type: ignore[import-not-found]
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from celery_influx.runs import Runs
 from celery_influx.speedups import extension
@@ -38,8 +45,10 @@ logger = logging.getLogger(__name__)
 _PIPE_BUF = 4096  # Linux's; POSIX promises 512, and macOS has that
 _HEADER = struct.Struct("<HBB")
 _PART = struct.Struct("<IIHHB")
-_SERIAL = _PID = struct.Struct("<I")
+_SERIAL = struct.Struct("<I")
+_END = struct.Struct("<IQ")
 LINE, FRAGMENT, START, END, SYNC, VERDICT = range(6)
+_WAKE = _HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(0)
 _LONGEST = _PIPE_BUF - _HEADER.size
 _LONGEST_PART = _LONGEST - _PART.size
 #: A line of more parts than this has no transport either.
@@ -50,7 +59,10 @@ _MOST_PARTS = 65_535
 #: reader waits for a busy main thread to give it the interpreter.
 _CAPACITIES = (1_048_576, 262_144)
 _READ = 262_144
+_SIGPIPE, _DEFAULT = int(signal.SIGPIPE), int(signal.SIG_DFL)
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+
+T = TypeVar("T")
 
 
 class RelayEnd(NamedTuple):
@@ -58,13 +70,11 @@ class RelayEnd(NamedTuple):
 
     Attributes:
         put: As ``Relay.put``, of a line.
-        put_end: As ``Relay.put_end``.
         pipe: Number of the file to write frames to.
         database: The number that goes into them.
     """
 
     put: Callable[[bytes], bool]
-    put_end: Callable[[bytes], bool]
     pipe: int
     database: int
 
@@ -109,7 +119,9 @@ class Relay:
                 logger.debug("the relay's pipe cannot have %d bytes", capacity)
         self._serials = itertools.count(1)
         self._impatient = False
-        self._owed = b""  # the frame of a run's end
+        self._owed = b""  # frames of runs' starts and ends
+        self._held: deque[bytes] = deque()  # verdicts that found no room
+        self._rest = b""  # the beginning of a frame
         self._parts: dict[tuple[int, int], tuple[int, list[bytes]]] = {}
         self._synced = 0
         self._read_all = threading.Condition()
@@ -152,16 +164,30 @@ class Relay:
         done = self.sync(timeout)
         reader, self._reader = self._reader, None
         # The reader sees that it is not wanted at the next frame.
-        self._write(_HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(next(self._serials)), 0.1)
+        self._write(_WAKE, 0.1)
         reader.join(max(0.1, deadline - time.monotonic()))
-        if reader.is_alive():
-            return False  # it still reads: its numbers must stay its own
+        if reader.is_alive():  # it still reads: its numbers must stay its own
+            logger.error(
+                "the relay's reader hangs: %d bytes of children's points stay in its pipe, and "
+                "runs under way have none",
+                self._waiting(),
+            )
+            return False
+        self._read_rest()
         for database, _ in self._parts.values():
             self._guarded(self._lost, database)
         self._parts.clear()
+        self._take_held(len(self._held))
         self._guarded(self._runs.close)
         self.leave()
         return done
+
+    def put_verdict(self, body: bytes) -> None:
+        """In the worker: tell the reader what Celery made of a run; a ``runs.verdict_frame``."""
+        if not self.put(0, body, VERDICT):
+            self._held.append(body)
+            # Only now, lest the reader waits; and if there still is no room, it does not.
+            self._write(_WAKE, 0.0)
 
     # -- in a forked process ---------------------------------------------------------------------
 
@@ -180,8 +206,7 @@ class Relay:
 
     def end_for(self, database: int) -> RelayEnd:
         """One database's way into the pipe."""
-        put, put_end = partial(self.put, database), partial(self.put_end, database)
-        return RelayEnd(put, put_end, self._write_fd, database)
+        return RelayEnd(partial(self.put, database), self._write_fd, database)
 
     def put(self, database: int, body: bytes, kind: int = LINE) -> bool:
         """Write one line for ``database``, or another ``kind`` of frame; whether it was written.
@@ -190,38 +215,54 @@ class Relay:
         full, and not at all after something was dropped, until one gets through again. Never
         raises, whatever became of the worker.
         """
+        if len(body) > _LONGEST:
+            return self._put_parts(database, body, kind)
         patience = 0.0 if self._impatient else self.PATIENCE
-        if self._owed and kind in (START, END):
-            # The worker must hear of a run's end before it hears of the next one.
-            until = time.monotonic() + patience
-            if not self.put_owed(patience):
-                return False
-            patience = max(0.0, until - time.monotonic())
-        if len(body) <= _LONGEST:
-            return self._write(_HEADER.pack(len(body), kind, database) + body, patience)
-        return self._put_parts(database, body, kind)
+        return self._write(_HEADER.pack(len(body), kind, database) + body, patience)
 
-    def put_end(self, database: int, line: bytes) -> bool:
-        """Write that the run in this process has ended, and with it the line of its point.
+    def put_start(self, body: bytes) -> None:
+        """Write that a run starts in this process: a ``runs.start_frame``."""
+        self._put_run(0, body, START)
 
-        Where the pipe is full this one frame is kept, and written before the next run starts:
-        without it the worker would take a run that ended for one that was killed.
+    def put_end(self, database: int, began: int, line: bytes) -> bool:
+        """Write that it has ended, and with it the line of its point; whether that is kept.
+
+        Without it the worker would take a run that ended for one that was killed.
         """
         self._impatient = False  # once for each run it is worth to wait
-        body = _PID.pack(os.getpid()) + line
-        if self.put(database, body, END):
+        body = _END.pack(os.getpid(), began)
+        if self._put_run(database, body + line, END):
             return True
-        if self._owed or len(body) > _LONGEST:
-            return False
-        self._owed = _HEADER.pack(len(body), END, database) + body
+        if line:
+            self._put_run(database, body, END)
+        return False
+
+    def _put_run(self, database: int, body: bytes, kind: int) -> bool:
+        """Write such a frame, or keep it to be written before the next one.
+
+        An exception from a signal's handler may come anywhere in here, and then all is done
+        again: so a frame is forgotten only after it was written, and may be written twice.
+        """
+        patience = 0.0 if self._impatient else self.PATIENCE
+        # Where a start finds room, its end does, too, if not with its line.
+        room = _PIPE_BUF - (_HEADER.size + _END.size if kind == START else 0)
+        if len(self._owed) + _HEADER.size + len(body) > room:
+            if not self.put_owed(patience):
+                return False
+            if len(body) > _LONGEST:
+                return self._put_parts(database, body, kind)
+        self._owed += _HEADER.pack(len(body), kind, database) + body
+        self.put_owed(patience)
         return True
 
     def put_owed(self, patience: float) -> bool:
-        """Write the end that could not be written before, if there is one; whether it was."""
-        owed, self._owed = self._owed, b""  # at once: another thread must not write it, too
-        if owed and not self._write(owed, patience):
-            self._owed = owed
+        """Write the starts and ends that could not be written before; whether none is left.
+
+        Only the thread that runs tasks may do so.
+        """
+        if self._owed and not self._write(self._owed, patience):
             return False
+        self._owed = b""
         return True
 
     def _put_parts(self, database: int, body: bytes, kind: int) -> bool:
@@ -244,7 +285,10 @@ class Relay:
         until = None
         while True:
             try:
-                os.write(self._write_fd, frame)
+                if handler_of(_SIGPIPE) == _DEFAULT:
+                    self._write_unharmed(frame)
+                else:
+                    os.write(self._write_fd, frame)
             except BlockingIOError:
                 until = until or time.monotonic() + patience
                 if self._wait_for_room(until - time.monotonic()):
@@ -256,6 +300,18 @@ class Relay:
                 return True
             self._impatient = True
             return False
+
+    def _write_unharmed(self, frame: bytes) -> None:
+        """In a process that wants to die of SIGPIPE, which is not for our pipe to decide."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+        try:
+            os.write(self._write_fd, frame)
+        except BrokenPipeError:
+            if signal.SIGPIPE not in before:
+                signal.sigtimedwait({signal.SIGPIPE}, 0)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _wait_for_room(self, patience: float) -> bool:
         if patience <= 0:
@@ -292,23 +348,19 @@ class Relay:
         # os.read() would take so much memory for each read and give back most of it, which leaves
         # the heap in pieces: 12 MiB more, measured.
         room = memoryview(bytearray(_READ))
-        rest = b""
         while self._reader is me:
             self._guarded(runs.look)
             broken = [key for key in self._parts if not _alive(key[0])]
-            count = 0
+            held = len(self._held)
             try:
-                count = os.readv(self._read_fd, [room])
-            except BlockingIOError:
-                pass
+                count = self._read_once(room)
             except OSError:
                 return  # closed under us: the worker is ending
-            else:
-                if not count:
-                    return
-                rest = self._take_apart(rest + room[:count] if rest else bytes(room[:count]))
+            if count is None:
+                return
             if count < _READ:
                 # That was all there was: nothing more comes from who was dead before.
+                self._take_held(held)
                 self._guarded(runs.bury)
                 self._guarded(self._forget, broken)
             if not count:
@@ -320,57 +372,105 @@ class Relay:
                 # rest: 5 % of a no-op task, measured. A child waits longer than this for room.
                 time.sleep(self.NAP)
 
+    def _read_once(self, room: memoryview) -> int | None:
+        """Deliver what there is, ``room`` at the most; how many bytes. None: nobody writes."""
+        try:
+            count = os.readv(self._read_fd, [room])
+        except BlockingIOError:
+            return 0
+        if not count:
+            return None
+        part = room[:count]
+        data = self._patiently(lambda: self._rest + part if self._rest else bytes(part))
+        self._rest = self._take_apart(data)
+        return count
+
+    def _patiently(self, take: Callable[[], bytes]) -> bytes:
+        """Where there is no memory, wait for it: without this no one knows where a frame begins."""
+        while True:
+            try:
+                return take()
+            except MemoryError:
+                time.sleep(self.NAP)
+
+    def _read_rest(self) -> None:
+        """In the worker, in the reader's place: what was not read in time."""
+        room = memoryview(bytearray(_READ))
+        # Bounded: a child that is left may still write.
+        for _ in range(2 * max(_CAPACITIES) // _READ):
+            if not self._read_once(room):
+                return
+
+    def _waiting(self) -> int:
+        """Bytes in the pipe."""
+        found = fcntl.ioctl(self._read_fd, termios.FIONREAD, bytes(4))
+        return int.from_bytes(found, sys.byteorder)
+
+    def _take_held(self, count: int) -> None:
+        for _ in range(count):
+            self._guarded(self._runs.judged, self._held.popleft())
+
     def _take_apart(self, data: bytes) -> bytes:
         """Deliver the whole frames in ``data``; the beginning of one that is not whole yet."""
         lines: dict[int, list[bytes]] = {}
         synced = 0
         position, end = 0, len(data)
-        while end - position >= 4:  # the header's size, written out: this loop is the hot one
-            if extension:
-                position, database, found = extension.take_lines(data, position)
-                if found:
-                    lines.setdefault(database, []).extend(found)
-                    continue
-            length, kind, database = _HEADER.unpack_from(data, position)
-            start = position + 4
-            if start + length > end:
+        while True:
+            try:
+                while end - position >= 4:  # the header's size, written out: this is the hot loop
+                    if extension:
+                        position, database, found = extension.take_lines(data, position)
+                        if found:
+                            lines.setdefault(database, []).extend(found)
+                            continue
+                    length, kind, database = _HEADER.unpack_from(data, position)
+                    start = position + 4
+                    if start + length > end:
+                        break
+                    position = start + length
+                    body = data[start:position]
+                    if kind == FRAGMENT:
+                        whole = self._join(database, body)
+                        if whole is None:
+                            continue
+                        kind, body = whole
+                    if kind == END:
+                        if self._guarded(self._runs.ended, *_END.unpack_from(body)) is False:
+                            continue  # it was written twice
+                        body = body[_END.size :]
+                    if kind == LINE or (kind == END and body):
+                        try:
+                            lines[database].append(body)
+                        except KeyError:
+                            lines[database] = [body]
+                    elif kind == START:
+                        self._guarded(self._runs.started, body)
+                    elif kind == VERDICT:
+                        self._guarded(self._runs.judged, body)
+                    elif kind == SYNC:
+                        synced = max(synced, *_SERIAL.unpack(body))
                 break
-            position = start + length
-            body = data[start:position]
-            if kind == FRAGMENT:
-                whole = self._join(database, body)
-                if whole is None:
-                    continue
-                kind, body = whole
-            if kind == END:
-                self._guarded(self._runs.ended, *_PID.unpack_from(body))
-                body = body[_PID.size :]
-            if kind == LINE or (kind == END and body):
-                try:
-                    lines[database].append(body)
-                except KeyError:
-                    lines[database] = [body]
-            elif kind == START:
-                self._guarded(self._runs.started, body)
-            elif kind == VERDICT:
-                self._guarded(self._runs.judged, body)
-            elif kind == SYNC:
-                synced = max(synced, *_SERIAL.unpack(body))
+            except Exception:
+                # No memory for it, or no frame of ours: on with the next one.
+                logger.exception("the relay's reader goes on after a frame that it cannot read")
+                if kind in (LINE, FRAGMENT, END):
+                    self._guarded(self._lost, database)
         for database, bodies in lines.items():
             self._guarded(self._deliver, database, bodies)
         if synced:
             with self._read_all:
                 self._synced = max(self._synced, synced)
                 self._read_all.notify_all()
-        return data[position:]
+        return self._patiently(lambda: data[position:])
 
     @staticmethod
-    def _guarded(call: Callable[..., object], *args: object) -> None:
+    def _guarded(call: Callable[..., T], *args: object) -> T | None:
         """Call it; a reader that died of an exception would leave every child with a full pipe."""
         try:
-            call(*args)
+            return call(*args)
         except Exception:
             logger.exception("the relay's reader goes on after an error")
+            return None
 
     def _join(self, database: int, part: bytes) -> tuple[int, bytes] | None:
         """Keep one part of a long body; its kind and all of it, if this was the last part."""
@@ -381,14 +481,15 @@ class Relay:
             self._forget(mine[: max(0, len(mine) - self._MOST_OPEN + 1)])
             self._parts[pid, serial] = (database, [part])
             return None
-        found = self._parts.get((pid, serial))
-        if found is None or len(found[1]) != index:
+        found = self._parts.pop((pid, serial), None)
+        if found is None:
             return None
-        found[1].append(part)
-        if index + 1 < count:
-            return None
-        del self._parts[pid, serial]
-        return kind, b"".join(found[1])
+        if len(found[1]) == index:
+            found[1].append(part)
+            if index + 1 == count:
+                return kind, b"".join(found[1])
+        self._parts[pid, serial] = found
+        return None
 
     #: A process's threads may each be in the middle of a long line.
     _MOST_OPEN = 64

@@ -48,8 +48,15 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, int) else str.__str__(str(value))
 
 
+#: A run as Celery's request knows it: pid, task's id, retries. The next try is another one.
+_Name = tuple[int, str, int]
+
+
 class _Run:
-    """One run of a task. ``ended``: its point is written; ``died``: when its child was, in ns."""
+    """One run of a task.
+
+    ``ended``: its point is written; ``heard``: by its child; ``died``: when its child was, in ns.
+    """
 
     __slots__ = (
         "began",
@@ -57,6 +64,7 @@ class _Run:
         "ended",
         "facts",
         "goes_back",
+        "heard",
         "id",
         "pid",
         "stopped",
@@ -69,10 +77,20 @@ class _Run:
         self.began = began
         self.facts = facts
         self.goes_back = goes_back
-        self.ended = False
+        self.ended = self.heard = False
         self.died = 0
         self.stopped = 0
         self.verdict: tuple[str, str | None] | None = None
+
+    @property
+    def name(self) -> _Name:
+        return self.pid, self.id, self.facts[1]
+
+
+def _remember(names: dict[_Name, None], name: _Name, most: int) -> None:
+    names[name] = None
+    if len(names) > most:
+        del names[next(iter(names))]
 
 
 class Runs:
@@ -93,6 +111,8 @@ class Runs:
     MOST_DEAD = 1_000
     #: Tasks remembered that were over before they started, lest they start all the same.
     MOST_UNSTARTED = 100
+    #: Runs remembered after their child has started the next one.
+    MOST_OVER = 1_000
 
     def __init__(
         self,
@@ -106,56 +126,70 @@ class Runs:
         self._living: dict[int, _Run] = {}
         self._dead: dict[int, _Run] = {}
         self._open: dict[int, _Run] = {}  # of the dead, those that have no point yet
-        self._unstarted: dict[tuple[int, str], None] = {}
+        self._unstarted: dict[_Name, None] = {}
+        self._over: dict[_Name, None] = {}  # before the last one of their children
         self._found: dict[int, int] = {}  # pid → when it was found dead; perhaps not all is read
         self._looked = 0.0
 
     # -- what comes by the pipe ------------------------------------------------------------------
 
     def started(self, frame: bytes) -> None:
-        """Take a ``start_frame``."""
+        """Take a ``start_frame``. It may come twice."""
         run = _Run(*marshal.loads(frame))  # noqa: S302 - by our own children
+        last = self._living.get(run.pid)
+        if last and last.began == run.began:
+            return
         # A task that starts once more shows what became of its run in a child that died, found
-        # dead by now or not: the pool or the queue gave it out again.
+        # dead by now or not: the pool or the queue gave it out again. In one that lives, both run.
         for before in (*self._open.values(), *self._living.values()):
-            if before.id == run.id and before.pid != run.pid and not before.verdict:
+            if before.id != run.id or before.pid == run.pid or before.verdict:
+                continue
+            if before.died or self._gone(before.pid):
                 self._judge(before, "RETRY", LOST)
-        if run.pid in self._living:
+        if last:
             # Its end did not come; or it is of a child that died, and that had the same pid.
-            self._give_up(self._living[run.pid])
-        run.ended = (run.pid, run.id) in self._unstarted
+            self._give_up(last)
+            _remember(self._over, last.name, self.MOST_OVER)
+        run.ended = run.name in self._unstarted
         self._living[run.pid] = run
 
-    def ended(self, pid: int) -> None:
-        """The run in this child has reached its end, and its point came with the word."""
-        if pid in self._living:
-            self._living[pid].ended = True
+    def ended(self, pid: int, began: int) -> bool:
+        """A run in this child has ended; whether the point that came with it is its first."""
+        run = self._living.get(pid)
+        if run is None or run.began != began:
+            return True  # its start did not come
+        first = not run.heard
+        run.ended = run.heard = True
+        return first
 
     def judged(self, frame: bytes) -> None:
         """Take a ``verdict_frame``."""
         pid, run_id, at, state, exception, facts = marshal.loads(frame)  # noqa: S302
-        run = self._find(pid, run_id)
-        if run is None:
-            if pid not in self._living or self._living[pid].ended:
-                # The task's body never started; this is the only word of it.
-                self._point(facts, state, exception, None)
-                self._unstarted[pid, run_id] = None
-                if len(self._unstarted) > self.MOST_UNSTARTED:
-                    del self._unstarted[next(iter(self._unstarted))]
-        else:
+        name = pid, run_id, facts[1]
+        run = self._find(name)
+        if run:
             # What is killed on purpose has had its time by now, however long it takes to die.
             run.stopped = min(run.died or at, at)
             self._judge(run, state, exception)
+        elif name not in self._over and (pid not in self._living or self._living[pid].ended):
+            # The task's body never started; this is the only word of it.
+            self._point(facts, state, exception, None)
+            _remember(self._unstarted, name, self.MOST_UNSTARTED)
 
-    def _find(self, pid: int, run_id: str) -> _Run | None:
+    def _find(self, name: _Name) -> _Run | None:
+        pid = name[0]
         for runs in (self._living, self._dead):
             run = runs.get(pid)
-            if run and run.id == run_id:
+            if run and run.name == name:
                 return run
         # The pool may not have seen which child had taken it; nor may we, that it is dead. One that
-        # has its point already comes last.
-        lost = [run for run in (*self._dead.values(), *self._living.values()) if run.id == run_id]
-        lost.sort(key=lambda run: run.ended)
+        # was given out again, or has its point, comes last; not at all where the child is known.
+        lost = [
+            run
+            for run in (*self._dead.values(), *self._living.values())
+            if run.name[1:] == name[1:] and not (pid and run.ended)
+        ]
+        lost.sort(key=lambda run: (run.ended, bool(run.verdict)))
         return next((run for run in lost if run.died or self._gone(run.pid)), None)
 
     # -- children that die -----------------------------------------------------------------------

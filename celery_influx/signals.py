@@ -11,19 +11,26 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from celery import Task, current_task, signals
+from celery import Celery, Task, current_task, signals
 from celery.app.task import Context
-from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TimeLimitExceeded
+from celery.exceptions import (
+    Ignore,
+    NotRegistered,
+    Reject,
+    Retry,
+    SoftTimeLimitExceeded,
+    TimeLimitExceeded,
+)
 
 from celery_influx import tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, find, installed
 from celery_influx.runs import LOST
-from celery_influx.task_points import Facts
+from celery_influx.task_points import Facts, Run
 
 #: Name of the one header: "1;<ns of this publish>;<ns of the first publish>". Flat, small and
 #: scalar; whoever does not know it can leave it alone, and so do we with another version's.
@@ -87,22 +94,45 @@ def recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
-#: A run under way, kept with its request: whose it is, what its point has so far, and ns of the
-#: wall and of its thread's CPU time when it started.
-_Run = tuple[Influx, Facts, int, int]
+#: Stands for the run of a task that wants no point.
+_NONE = Run(None, (("", "", None), 0, None, None, None), 0)
+_NONE.over = True
 
 
 def _on_start(task: Task[Any, Any], **_: Any) -> None:
+    try:
+        _begin(task)
+    except SoftTimeLimitExceeded:
+        run = task.request.__dict__.get("influx_run")
+        if run:
+            run.cut = True
+        raise  # and Celery swallows it: `guard` does not
+    except Exception:
+        task.request.__dict__["influx_run"] = _NONE
+        raise
+
+
+def _begin(task: Task[Any, Any]) -> None:
+    """Begin a run, or go on where that was cut short."""
     influx = recorder(task)
     request = task.request
+    marks = request.__dict__
     if influx is None or (request.is_eager and not influx.options.eager):
+        if _guarded:
+            marks["influx_run"] = _NONE
         return
-    wait, age = _waited(influx, request)
-    facts = facts_of(influx, task.name, request, request.retries, wait, age)
+    run = marks.get("influx_run")
+    if run is None:
+        now = time.time_ns()
+        wait, age = _waited(request, now)
+        clamped = wait is not None and wait < 0
+        facts = facts_of(influx, task.name, request, request.retries, 0 if clamped else wait, age)
+        marks["influx_run"] = run = Run(influx, facts, now)
+        if clamped:
+            influx.count(CLAMPED)
     if not request.is_eager:
-        influx.start_run(request.id, facts, goes_back=bool(task.acks_late))
-    run = (influx, facts, time.perf_counter_ns(), time.thread_time_ns())
-    request.__dict__["influx_run"] = run
+        influx.start_run(run, request.id, goes_back=bool(task.acks_late))
+    run.clock, run.cpu_clock = time.perf_counter_ns(), time.thread_time_ns()
     if influx.is_green:
         _greenlets[id(request)] = _Greenlet(request.id, run)
 
@@ -112,10 +142,13 @@ def _on_end(
 ) -> None:
     clock, cpu_clock = time.perf_counter_ns(), time.thread_time_ns()
     request = task.request
-    run: _Run | None = request.__dict__.pop("influx_run", None)
-    if run is None:
+    marks = request.__dict__
+    run: Run | None = marks.get("influx_run") if _guarded else marks.pop("influx_run", None)
+    if run is None or run.over:
         return
-    influx, facts, began, cpu_began = run
+    if not run.clock:  # its body has never run
+        run.clock, run.cpu_clock = clock, cpu_clock
+    influx: Influx = run.influx
     greenlet = _greenlets.pop(id(request), None) if influx.is_green else None
     if influx.is_green and greenlet is None:
         return  # the process exits, and its point is written
@@ -137,11 +170,54 @@ def _on_end(
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
     name = None if exception is None else type(exception).__name__
-    cpu = None if influx.is_green else cpu_clock - cpu_began
+    cpu = None if influx.is_green else cpu_clock - run.cpu_clock
     if request.is_eager:
-        influx.write_run(facts, state, name, clock - began, cpu)
+        run.over = True
+        influx.write_run(run.facts, state, name, clock - run.clock, cpu)
     else:
-        influx.end_run(facts, state, name, clock - began, cpu)
+        influx.end_run(run, state, name, clock - run.clock, cpu)
+
+
+#: Whether a soft time limit may come while tasks run in this process.
+_guarded = False
+
+
+def guard(app: Celery) -> None:
+    """Where tasks run in processes: let no soft time limit that comes in our receivers do harm.
+
+    It may come wherever Python code runs, and Celery swallows what a receiver raises. So the task
+    has it as soon as the receivers are through; and what was not done at the run's end is done by
+    one more receiver, for the limit comes only once.
+    """
+    global _guarded  # noqa: PLW0603 - of this process, and of those that it forks
+    _guarded = True
+    signals.task_postrun.connect(_on_end_again, weak=False, dispatch_uid="celery_influx._guard")
+    go_on = app.loader.on_task_init
+    if getattr(go_on, "influx_guard", False):
+        return
+
+    def on_task_init(task_id: str, task: Task[Any, Any]) -> None:
+        run = task.request.__dict__.get("influx_run")
+        if run.cut if run else _is_connected():
+            with suppress(Exception):
+                _begin(task)  # it has a point all the same
+            raise SoftTimeLimitExceeded
+        go_on(task_id, task)
+
+    on_task_init.influx_guard = True  # type: ignore[attr-defined]
+    app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
+
+
+def _is_connected() -> bool:
+    return any(receiver is _on_start for _, receiver in signals.task_prerun.receivers)
+
+
+def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
+    marks = task.request.__dict__
+    run = marks.get("influx_run")
+    if run and not run.over:
+        _on_end(task, **named)
+    marks.pop("influx_run", None)
 
 
 #: What a task says of its run by raising it.
@@ -157,7 +233,7 @@ class _Greenlet:
 
     __slots__ = ("_ended", "awaits_verdict", "id", "run", "verdict")
 
-    def __init__(self, task_id: str | None, run: _Run) -> None:
+    def __init__(self, task_id: str | None, run: Run) -> None:
         self.id = task_id
         self.run = run
         self.awaits_verdict = False
@@ -179,9 +255,10 @@ class _Greenlet:
 
     def end(self, state: str) -> None:
         """Write its point; ``state`` is of one without a verdict."""
-        influx, facts, began, _ = self.run
+        run = self.run
         state, exception = self.verdict or (state, LOST)
-        influx.write_run(facts, state, exception, (self._ended or time.perf_counter_ns()) - began)
+        runtime = (self._ended or time.perf_counter_ns()) - run.clock
+        run.influx.write_run(run.facts, state, exception, runtime)
 
 
 #: Runs under way in greenlets, by their requests' identity.
@@ -290,6 +367,7 @@ def _on_child_start(sender: Any = None, **_: Any) -> None:
     influx = find(sender)
     if influx and os.environ.get("FORKED_BY_MULTIPROCESSING"):  # Celery's own sign of it
         tasks.register(sender, influx)
+        guard(sender)
 
 
 def _on_child_end(**_: Any) -> None:
@@ -297,17 +375,13 @@ def _on_child_end(**_: Any) -> None:
         influx.leave_pool()
 
 
-def _waited(influx: Influx, request: Context) -> tuple[int | None, int | None]:
+def _waited(request: Context, now: int) -> tuple[int | None, int | None]:
     """How long the run waited, and of a retry since the first publish, in ns; None: unknown."""
-    now = time.time_ns()
     stamps = _published(request.__dict__.get(HEADER))
     if stamps is None:
         return None, None
     last, first = stamps
     wait = now - (max(last, _eta_ns(request.eta)) if request.eta else last)
-    if wait < 0:
-        influx.count(CLAMPED)
-        wait = 0
     return wait, max(0, now - first) if request.retries else None
 
 

@@ -31,6 +31,28 @@ Facts = tuple[
 ]
 
 
+class Run:
+    """A run under way, kept with its request.
+
+    Attributes:
+        influx: Whose it is.
+        facts: What its point has so far.
+        began: ns of the wall when it started; with its process's pid it names the run.
+        clock: ns of the clock when its body started, and ``cpu_clock`` of its thread's CPU time.
+        over: Its point is written.
+        cut: It could not be told that it started, for something came from a signal's handler.
+    """
+
+    __slots__ = ("began", "clock", "cpu_clock", "cut", "facts", "influx", "over")
+
+    def __init__(self, influx: Any, facts: Facts, began: int) -> None:
+        self.influx = influx
+        self.facts = facts
+        self.began = began
+        self.clock = self.cpu_clock = 0
+        self.over = self.cut = False
+
+
 def tags_of(series: Series, state: str, exception: str | None) -> dict[str, str | None]:
     """The tags of a run's point, but for the constant ones."""
     task, queue, worker = series

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import random
+import resource
 import select
 import signal
 import struct
@@ -24,8 +25,8 @@ from celery_influx.counters import Counters
 from celery_influx.database import Database
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
-from celery_influx.relay import END, LINE, START, SYNC, Relay
-from celery_influx.runs import Runs, start_frame
+from celery_influx.relay import END, LINE, SYNC, Relay
+from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.speedups import extension
 from celery_influx.stamps import make_stamps
 from celery_influx.task_points import Facts
@@ -76,6 +77,13 @@ def relay(sink: Sink) -> Iterator[Relay]:
     sink.open.set()
     made.close(5)
     made.leave()
+
+
+def start(relay: Relay, run_id: str) -> int:
+    """Write that a run starts; when, by which it is known."""
+    began = time.time_ns()
+    relay.put_start(start_frame(run_id, began, FACTS, False))
+    return began
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -200,24 +208,44 @@ def test_a_long_line_of_a_child_that_has_ended_is_read_to_its_end(relay: Relay, 
     assert sink.lost == []
 
 
-def test_the_end_of_a_run_that_finds_the_pipe_full_is_written_before_the_next_start(
+def test_starts_and_ends_that_find_the_pipe_full_are_written_before_the_next_ones(
     relay: Relay, sink: Sink
 ) -> None:
     relay.PATIENCE = 0.001
-    relay.put(0, start_frame("a", time.time_ns(), FACTS, False), START)
     filled = fill(relay)
+    began = start(relay, "00")
+    size = len(relay._owed)
+    # So long, with its number in two digits, that ten runs leave room for a start and not for its end.
+    line = b"end %02d".ljust((4_096 - size - 6) // 10 - size - 14, b".")
+    kept = [relay.put_end(1, began, line % 0)]
+    kept += [relay.put_end(1, start(relay, f"{n:02}"), line % n) for n in range(1, 99)]
+    assert kept == [True] * 10 + [False] * 89
 
-    assert relay.put_end(1, b"the end")
-    assert not relay.put_end(1, b"another end")  # one at most is kept
     relay.start()
     wait_for(lambda: sink.lines.get(0) == filled, 10)
     assert 1 not in sink.lines
-    assert relay.put(0, start_frame("b", time.time_ns(), FACTS, False), START)
-    assert relay.put_end(1, b"the next end")
+    assert relay.put_end(1, start(relay, "next"), b"the next end")
     assert relay.sync(10)
     relay.close(5)
 
-    assert sink.lines[1] == [b"the end", b"the next end"]
+    assert sink.lines[1] == [*(line % number for number in range(10)), b"the next end"]
+    assert sink.killed == []
+
+
+@pytest.mark.parametrize("size", [4_050, 6_000])
+def test_an_end_whose_line_finds_no_room_is_said_without_it(
+    relay: Relay, sink: Sink, size: int
+) -> None:
+    relay.PATIENCE = 0.001
+    fill(relay)
+    began = start(relay, "a")
+    assert not relay.put_end(1, began, b"." * size)
+    relay.start()
+    assert relay.put_owed(5)
+    assert relay.sync(10)
+    relay.close(5)
+
+    assert 1 not in sink.lines
     assert sink.killed == []
 
 
@@ -226,13 +254,15 @@ def test_the_end_that_is_owed_is_written_when_a_child_ends_in_peace(
 ) -> None:
     relay.PATIENCE = 0.001
     fill(relay)
-    assert relay.put_end(1, b"the end")
+    assert relay.put_end(1, start(relay, "a"), b"the end")
     relay.start()
 
     assert relay.put_owed(5)
     assert relay.sync(10)
+    relay.close(5)
 
     assert sink.lines[1] == [b"the end"]
+    assert sink.killed == []
 
 
 def test_threads_of_one_child_may_write_long_lines_at_once(relay: Relay, sink: Sink) -> None:
@@ -357,11 +387,11 @@ def hasty(relay: Relay, sink: Sink) -> Relay:
 def write_run(relay: Relay, lines: int, *, ends: bool) -> None:
     """In a child: a run that starts, writes so many lines of 1,000 bytes, and perhaps ends."""
     relay.after_fork()
-    assert relay.put(0, start_frame("a", time.time_ns(), FACTS, False), START)
+    began = start(relay, "a")
     for number in range(lines):
         assert relay.put(0, b"%4d" % number + b"." * 996)
     if ends:
-        assert relay.put_end(1, b"the end")
+        assert relay.put_end(1, began, b"the end")
         assert not relay._owed
 
 
@@ -403,9 +433,9 @@ def test_what_a_child_writes_just_before_it_is_found_dead_is_read_before_it_is_j
 
     def be_slow() -> None:
         hasty.after_fork()
-        assert hasty.put(0, start_frame("a", time.time_ns(), FACTS, False), START)
+        began = start(hasty, "a")
         os.read(go_on[0], 1)
-        assert hasty.put_end(1, b"the end")
+        assert hasty.put_end(1, began, b"the end")
 
     def gone(pid: int) -> bool:
         """It ends right after the reader has read all there was, and has begun to look again."""
@@ -567,7 +597,9 @@ def test_frames_of_all_kinds_cut_anywhere_come_out_whole_and_in_order(
         kind = chance.choice([LINE, LINE, LINE, LINE, END, SYNC])
         database = chance.choice([0, 0, 0, 1, 255])
         line = b"%d\n" % number + b"y" * chance.choice([0, 1, 100, 4_000])
-        body = {LINE: line, END: struct.pack("<I", 1) + line, SYNC: struct.pack("<I", 7)}[kind]
+        body = {LINE: line, END: struct.pack("<IQ", 1, number) + line, SYNC: struct.pack("<I", 7)}[
+            kind
+        ]
         if kind != SYNC:
             expected.setdefault(database, []).append(line)
         stream += struct.pack("<HBB", len(body), kind, database) + body
@@ -661,6 +693,28 @@ def _lines_of(fd: int) -> Iterator[str]:
         while b"\n" in rest:
             line, _, rest = rest.partition(b"\n")
             yield line.decode()
+
+
+def test_a_child_that_wants_to_die_of_sigpipe_does_not_die_of_ours() -> None:
+    read, tell = os.pipe()
+
+    def write() -> None:
+        sink = Sink()
+        relay = Relay(sink.deliver, sink.lose, Runs(sink.write))
+        relay.after_fork()  # and so nobody reads
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        assert not relay.put(0, b"x")
+        assert not relay.put(0, b"x" * 10_000)
+        assert signal.SIGPIPE not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        os.write(tell, b"alive")
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.write(writer, b"x")  # this is its own affair
+
+    assert exit_code(fork(write)) == -signal.SIGPIPE
+    os.close(tell)
+    assert os.read(read, 10) == b"alive"
+    os.close(read)
 
 
 # -- numbers that are somebody else's by now ---------------------------------------------------
@@ -827,15 +881,84 @@ def test_close_delivers_what_is_in_the_pipe_and_gives_everything_back(
     assert relay.sync(5) is False
 
 
-def test_close_with_a_reader_held_up_ends_near_its_deadline(relay: Relay, sink: Sink) -> None:
+def test_close_with_a_reader_held_up_ends_near_its_deadline_and_says_what_is_left(
+    relay: Relay, sink: Sink, caplog: pytest.LogCaptureFixture
+) -> None:
     sink.open.clear()
     relay.start()
     relay.put(0, b"line")
+    wait_for(lambda: not select.select([relay._read_fd], [], [], 0)[0], 5)
+    relay.put(0, b"x" * 996)
 
     begin = time.monotonic()
     assert relay.close(0.3) is False
 
     assert time.monotonic() - begin < 0.8
+    marks = 2 * 8  # of the close itself
+    assert f"the relay's reader hangs: {1_000 + marks} bytes of children's points" in caplog.text
+
+
+def test_what_the_reader_does_not_come_to_before_the_deadline_is_delivered_all_the_same(
+    relay: Relay, sink: Sink
+) -> None:
+    def be_slow(database: int, lines: list[bytes]) -> None:
+        wait_for(lambda: relay._reader is None, 10, "the deadline is over")
+        sink.deliver(database, lines)
+
+    relay._deliver = be_slow
+    relay.start()
+    relay.put(0, b"first")
+    wait_for(lambda: not select.select([relay._read_fd], [], [], 0)[0], 5)
+    start(relay, "a")
+    rest = [b"%d" % number + b"." * 1_000 for number in range(500)]
+    for line in rest:
+        assert relay.put(0, line)
+
+    assert relay.close(0.2) is False
+
+    assert sink.lines[0] == [b"first", *rest]
+    assert [run[:3] for run in sink.killed] == [(FACTS, "FAILURE", "WorkerLostError")]
+
+
+def test_what_celery_made_of_a_run_is_heard_where_the_pipe_is_full(
+    relay: Relay, sink: Sink
+) -> None:
+    relay.PATIENCE = 0.001
+    filled = fill(relay)
+    relay.put_verdict(verdict_frame(1, "a", "REVOKED", None, FACTS))
+    relay.start()
+    wait_for(lambda: sink.killed, 10, "its point")
+    assert sink.lines[0] == filled  # all that was said before it was heard before
+    assert relay.close(5)
+
+    assert sink.killed == [(FACTS, "REVOKED", None, None)]
+
+
+def test_what_celery_made_of_a_run_is_heard_though_the_reader_does_not_come_to_it(
+    relay: Relay, sink: Sink
+) -> None:
+    relay.PATIENCE = 0.001
+    relay._deliver = lambda *_: wait_for(lambda: relay._reader is None, 10, "the deadline is over")
+    relay.start()
+    relay.put(0, b"first")
+    wait_for(lambda: not select.select([relay._read_fd], [], [], 0)[0], 5)
+    fill(relay)
+    relay.put_verdict(verdict_frame(1, "a", "REVOKED", None, FACTS))
+    assert relay.close(0.2) is False
+
+    assert sink.killed == [(FACTS, "REVOKED", None, None)]
+
+
+def test_a_reader_that_waits_is_woken_for_what_found_no_room_a_moment_ago(
+    relay: Relay, sink: Sink
+) -> None:
+    relay.start()
+    assert relay.sync(5)
+    relay.put = lambda *_: False  # type: ignore[method-assign]
+    time.sleep(2 * relay.NAP)
+    relay.put_verdict(verdict_frame(1, "a", "REVOKED", None, FACTS))
+
+    wait_for(lambda: sink.killed, 5, "its point")
 
 
 # -- nothing ends the reader -------------------------------------------------------------------
@@ -862,6 +985,71 @@ def test_whatever_delivering_raises_the_reader_reads_on_at_the_right_place(
     assert sorted(found) == sorted(line_of(0, number) for number in range(300))
     assert sink.failures == [] or len(sink.failures) < 20
     assert "the relay's reader goes on after an error" in caplog.text
+
+
+FOREIGN = {
+    "a part without a head": b"\x03\x00\x01\x07abc",
+    "an end without a head": b"\x03\x00\x03\x07abc",
+    "a mark that is too long": b"\x05\x00\x04\x00abcde",
+    "a start that is none": b"\x03\x00\x02\x00abc",
+    "a verdict that is none": b"\x03\x00\x05\x00abc",
+    "of no kind": b"\x03\x00\x63\x00abc",
+    "a start of another shape": b"\x05\x00\x02\x00i\x01\x00\x00\x00",
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_after_a_frame_that_cannot_be_read_the_reader_reads_on(
+    relay: Relay, sink: Sink, foreign: str
+) -> None:
+    relay.start()
+    assert relay.put(0, b"before")
+    os.write(relay._write_fd, FOREIGN[foreign])
+    assert relay.put(0, b"after")
+    assert relay.sync(5)
+
+    assert sink.lines == {0: [b"before", b"after"]}
+    assert sink.lost == ([7] if "head" in foreign else [])
+
+
+def test_a_line_for_which_there_is_no_memory_is_counted_and_the_reader_reads_on() -> None:
+    size = 32 << 20
+
+    def be_worker() -> None:
+        sink = Sink()
+        relay = Relay(sink.deliver, sink.lose, Runs(sink.write))
+        relay.PATIENCE = 60
+
+        def write() -> None:
+            relay.after_fork()
+            assert relay.put(3, b"x" * size)
+            assert relay.put(0, b"after")
+
+        child = fork(write)
+        # Enough for some of its parts, or for all, and not for the whole.
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + size // 2
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        relay.start()
+        assert exit_code(child) == 0
+        assert relay.sync(20)
+        assert {k: [v[:9] for v in vs] for k, vs in sink.lines.items()} == {0: [b"after"]}
+        assert sink.lost == [3]
+        assert relay._parts == {}
+
+    assert exit_code(fork(be_worker), 60) == 0
+
+
+def test_where_there_is_no_memory_to_read_with_the_reader_waits(relay: Relay) -> None:
+    answers = [MemoryError(), MemoryError(), b"data"]
+
+    def take() -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, MemoryError):
+            raise answer
+        return answer
+
+    assert relay._patiently(take) == b"data"
 
 
 def test_a_frame_cut_by_the_end_of_a_read_is_put_together(relay: Relay, sink: Sink) -> None:

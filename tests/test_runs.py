@@ -12,9 +12,9 @@ from celery_influx.task_points import Facts
 from tests.servers import wait_for
 
 
-def facts_of(run_id: str) -> Facts:
+def facts_of(run_id: str, retries: int = 0) -> Facts:
     """What is known of it; for the tests its name is its queue's, too."""
-    return ("t", run_id, "w"), 0, None, None, None
+    return ("t", run_id, "w"), retries, None, None, None
 
 
 class Scene:
@@ -32,19 +32,35 @@ class Scene:
         if self.failures:
             raise self.failures.pop()
         run_id = facts[0][1]
-        assert facts == facts_of(run_id)
+        assert facts == facts_of(run_id, facts[1])
         self.points.append((state, exception, run_id))
         self.runtimes.append(None if runtime is None else runtime / 1e9)
 
-    def start(self, pid: int, run_id: str, ago: float = 0.0, *, goes_back: bool = False) -> None:
+    def start(
+        self,
+        pid: int,
+        run_id: str,
+        ago: float = 0.0,
+        *,
+        goes_back: bool = False,
+        retries: int = 0,
+    ) -> None:
         began = time.time_ns() - int(ago * 1e9)
-        frame = start_frame(run_id, began, facts_of(run_id), goes_back)
+        frame = start_frame(run_id, began, facts_of(run_id, retries), goes_back)
         # A child writes its own pid.
         own = frame.replace(os.getpid().to_bytes(4, "little"), pid.to_bytes(4, "little"), 1)
-        self.runs.started(own)
+        for _ in range(2):  # it may come twice
+            self.runs.started(own)
 
-    def judge(self, pid: int, run_id: str, state: str, exception: str | None = LOST) -> None:
-        self.runs.judged(verdict_frame(pid, run_id, state, exception, facts_of(run_id)))
+    def judge(
+        self, pid: int, run_id: str, state: str, exception: str | None = LOST, retries: int = 0
+    ) -> None:
+        facts = facts_of(run_id, retries)
+        self.runs.judged(verdict_frame(pid, run_id, state, exception, facts))
+
+    def end(self, pid: int, *, again: bool = False) -> None:
+        """It writes that its run has ended, and with that the run's point."""
+        assert self.runs.ended(pid, self.runs._living[pid].began) is not again
 
     def die(self, pid: int) -> None:
         """It dies, and all that it wrote is read."""
@@ -60,7 +76,7 @@ def scene() -> Scene:
 
 def test_a_run_that_ends_by_itself_is_none_of_the_tables_business(scene: Scene) -> None:
     scene.start(1, "a")
-    scene.runs.ended(1)
+    scene.end(1)
     scene.die(1)
     scene.judge(1, "a", "FAILURE")
     scene.runs.close()
@@ -86,7 +102,7 @@ def test_a_killed_run_is_written_when_its_child_is_dead_and_celery_has_spoken(
 def test_an_end_that_comes_after_the_verdict_counts_and_the_verdict_does_not(scene: Scene) -> None:
     scene.start(1, "a")
     scene.judge(1, "a", "FAILURE", "TimeLimitExceeded")
-    scene.runs.ended(1)
+    scene.end(1)
     scene.die(1)
 
     assert scene.points == []
@@ -97,7 +113,7 @@ def test_what_a_child_wrote_before_its_death_is_read_before_it_is_buried(scene: 
     scene.judge(1, "a", "FAILURE")
     scene.dead.add(1)
     scene.runs.look()
-    scene.runs.ended(1)
+    scene.end(1)
     scene.runs.bury()
 
     assert scene.points == []
@@ -105,7 +121,7 @@ def test_what_a_child_wrote_before_its_death_is_read_before_it_is_buried(scene: 
 
 def test_a_verdict_on_the_run_before_does_not_touch_the_one_under_way(scene: Scene) -> None:
     scene.start(1, "a")
-    scene.runs.ended(1)
+    scene.end(1)
     scene.start(1, "b")
     scene.judge(1, "a", "FAILURE", "TimeLimitExceeded")
     scene.die(1)
@@ -114,6 +130,93 @@ def test_a_verdict_on_the_run_before_does_not_touch_the_one_under_way(scene: Sce
     scene.judge(1, "b", "FAILURE")
 
     assert scene.points == [("FAILURE", LOST, "b")]
+
+
+def test_an_end_that_comes_twice_brings_one_point(scene: Scene) -> None:
+    scene.start(1, "a")
+    scene.end(1)
+    scene.end(1, again=True)
+    scene.start(1, "a")
+    scene.end(1)
+
+    assert scene.points == []
+
+
+def test_the_end_of_a_run_whose_start_did_not_come_touches_no_other(scene: Scene) -> None:
+    scene.start(1, "a", ago=2)
+    assert scene.runs.ended(1, time.time_ns())
+    assert scene.runs.ended(2, time.time_ns())
+    scene.judge(1, "a", "FAILURE")
+    scene.die(1)
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+
+
+@pytest.mark.parametrize("death", [True, False])
+def test_a_late_verdict_on_a_run_that_ended_some_runs_ago_is_no_second_point(
+    scene: Scene, death: bool
+) -> None:
+    for run_id in "abc":
+        scene.start(1, run_id)
+        scene.end(1)
+    if death:
+        scene.die(1)
+    scene.judge(1, "a", "FAILURE", "TimeLimitExceeded")
+    scene.judge(1, "b", "FAILURE")
+
+    assert scene.points == []
+
+
+def test_a_try_that_never_started_has_its_point_though_the_one_before_ran_there(
+    scene: Scene,
+) -> None:
+    scene.start(1, "a")
+    scene.end(1)
+    scene.judge(1, "a", "FAILURE", retries=1)
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+    assert scene.runtimes == [None]
+
+
+@pytest.mark.parametrize("pid", [0, 2])
+def test_the_try_before_which_ended_elsewhere_takes_no_point_from_one_that_never_started(
+    scene: Scene, pid: int
+) -> None:
+    scene.start(1, "a")
+    scene.end(1)
+    scene.die(1)
+    scene.dead.add(2)
+    scene.judge(pid, "a", "FAILURE", retries=1)
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+
+
+def test_a_run_that_ended_in_another_child_takes_no_point_from_one_that_never_started(
+    scene: Scene,
+) -> None:
+    """As where a message is given out again that was not acknowledged."""
+    scene.start(1, "a")
+    scene.end(1)
+    scene.die(1)
+    scene.judge(2, "a", "FAILURE")
+
+    assert scene.points == [("FAILURE", LOST, "a")]
+
+
+def test_a_killed_run_is_no_retry_because_its_message_was_given_out_again_before(
+    scene: Scene,
+) -> None:
+    """As by Redis, after its visibility timeout: both run, and then one is killed."""
+    scene.start(1, "a")
+    scene.start(2, "a")
+    scene.die(1)
+    assert scene.points == []
+
+    scene.judge(1, "a", "FAILURE")
+    scene.end(2)
+    scene.die(2)
+
+    assert scene.points == [("FAILURE", LOST, "a")]
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["seen dead", "not seen dead yet"])
@@ -134,6 +237,21 @@ def test_a_task_that_starts_again_in_another_child_was_retried(scene: Scene, see
     assert scene.points == [("RETRY", LOST, "a"), ("FAILURE", LOST, "a")]
 
 
+def test_where_the_next_child_dies_as_fast_the_verdict_is_on_the_run_in_that_one(
+    scene: Scene,
+) -> None:
+    """The pool saw neither of them take the task, nor have we seen that they are dead."""
+    scene.start(1, "a")
+    scene.dead.add(1)
+    scene.start(2, "a")
+    scene.dead.add(2)
+    scene.judge(0, "a", "FAILURE")
+    scene.runs.look()
+    scene.runs.bury()
+
+    assert scene.points == [("RETRY", LOST, "a"), ("FAILURE", LOST, "a")]
+
+
 def test_a_verdict_is_not_overruled_by_the_task_that_starts_again(scene: Scene) -> None:
     scene.start(1, "a")
     scene.judge(1, "a", "RETRY", "TimeLimitExceeded")
@@ -147,7 +265,7 @@ def test_two_runs_of_one_task_at_once_each_have_their_own_end(scene: Scene) -> N
     """Redis gives a message out again that is not acknowledged in time."""
     scene.start(1, "a")
     scene.start(2, "a")
-    scene.runs.ended(1)
+    scene.end(1)
     scene.judge(2, "a", "FAILURE")
     scene.die(1)
     scene.die(2)
@@ -173,7 +291,7 @@ def test_a_run_whose_child_the_pool_did_not_know_and_that_had_ended_has_no_secon
     scene: Scene,
 ) -> None:
     scene.start(1, "a")
-    scene.runs.ended(1)
+    scene.end(1)
     scene.die(1)
     scene.judge(0, "a", "FAILURE")
 
@@ -202,7 +320,7 @@ def test_a_task_that_starts_after_its_verdict_has_no_second_point(scene: Scene) 
 def test_a_run_whose_end_never_came_is_written_when_its_child_starts_the_next(scene: Scene) -> None:
     scene.start(1, "a")
     scene.start(1, "b")
-    scene.runs.ended(1)
+    scene.end(1)
     scene.runs.close()
 
     assert scene.points == [("FAILURE", LOST, "a")]
@@ -252,7 +370,7 @@ def test_the_reader_is_asked_to_look_only_while_something_may_die(scene: Scene) 
     assert scene.runs.wait is None
     scene.start(1, "a")
     assert scene.runs.wait is not None
-    scene.runs.ended(1)
+    scene.end(1)
     assert scene.runs.wait is None
     scene.start(1, "b")
     scene.die(1)
@@ -266,11 +384,16 @@ def test_the_table_does_not_grow_with_the_children_that_come_and_go(scene: Scene
     for pid in range(1, 1_000):
         scene.start(pid, f"task {pid}")
         if pid % 2:
-            scene.runs.ended(pid)
+            scene.end(pid)
         scene.die(pid)
 
     assert len(scene.runs._living) == 0
     assert len(scene.runs._dead) <= 10
+
+    scene.runs.MOST_OVER = 10
+    for number in range(100):
+        scene.start(1, f"one more {number}")
+    assert len(scene.runs._over) <= 10
     assert len(scene.points) >= 490
 
 

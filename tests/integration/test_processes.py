@@ -779,6 +779,31 @@ def test_a_pool_that_grows_shrinks_and_grows_again_loses_nothing(
     assert is_clean(worker.log()), worker.log()
 
 
+@pytest.mark.long
+def test_children_that_are_replaced_for_their_memory_lose_nothing(
+    influxd: Influxd,
+    database: str,
+    tap: Tap,
+    config: dict[str, object],
+    broker: str,
+    sender: Celery,
+    store: redis.Redis,
+    tmp_path: Path,
+) -> None:
+    options = ["--max-memory-per-child=1"]  # KiB: one task each
+
+    with Worker(tmp_path, "processes", broker, config, options=options) as worker:
+        for _ in range(20):
+            sender.send_task("processes.work", [0.0], ignore_result=True)
+        wait_for(lambda: count(store, "works") == 20, 20)
+        assert worker.stop() == 0
+
+    assert len(store.smembers("pids")) == 20
+    assert influxd.count("work", "number", database) == tap.count("work") == 100
+    assert influxd.count("celery_task", "runtime", database) == 20
+    assert is_clean(worker.log()), worker.log()
+
+
 def test_a_pool_that_is_restarted_loses_nothing(
     influxd: Influxd,
     database: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import time
 from typing import Any
 
@@ -80,6 +81,8 @@ def alone(points: int, worker_dies: bool) -> None:
     if worker_dies:
         # Billiard has the kernel end a child with its worker: not this one.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+        # Python ignores it; a task's own code may not.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     store().set("alone", os.getpid())
     found: dict[str, Any] = {"slowest": 0.0, "failed": ""}
     try:

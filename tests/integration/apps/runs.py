@@ -61,7 +61,10 @@ def _end(task: Task, how: str, number: int) -> Any:
         run.apply(("succeed",), task_id=f"{task.request.id} eager")
     if how == "kill":
         _kill(task, signal.SIGKILL)
-    if how == "kill at once":
+    if how == "kill when told":
+        while not store().get("told"):
+            time.sleep(0.005)
+    if how in ("kill at once", "kill when told"):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "kill once" and number == 1:
         _kill(task, signal.SIGKILL)
@@ -100,6 +103,14 @@ def unacknowledged(self: Task, how: str) -> Any:
 @app.task(name="runs.given_back", bind=True, acks_late=True, reject_on_worker_lost=True)
 def given_back(self: Task, how: str) -> Any:
     """The same; its message goes back to the queue if its child dies."""
+    return run.run.__func__(self, how)
+
+
+@app.task(
+    name="runs.retried", bind=True, retry_on_worker_lost=True, default_retry_delay=0, max_retries=5
+)
+def retried(self: Task, how: str) -> Any:
+    """The same; Celery 5.7 retries it if its child dies."""
     return run.run.__func__(self, how)
 
 

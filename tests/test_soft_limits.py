@@ -1,0 +1,204 @@
+"""A soft time limit that comes in the middle of our own receivers, at each place there is.
+
+Celery raises it from a signal's handler, which Python runs at the start of a function, after a call
+and at a jump backwards. Here it is raised at all of these, and between all lines, by tracing.
+"""
+
+from __future__ import annotations
+
+import dis
+import fcntl
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from billiard.process import current_process
+from celery import Celery
+from celery.app.trace import build_tracer
+from celery.exceptions import SoftTimeLimitExceeded
+
+import celery_influx
+from celery_influx import signals
+from celery_influx.point import Point
+from celery_influx.relay import Relay
+from celery_influx.signals import HEADER
+from tests.conftest import Receiver
+from tests.servers import wait_for
+from tests.test_relay import exit_code, fork
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
+
+F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+OURS = str(Path(celery_influx.__file__).parent)
+
+
+class Limit:
+    """To be set as a tracer: raises at one place of what our receivers do, as they come."""
+
+    def __init__(self, place: int) -> None:
+        self._left = place
+        self.has_come = False
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        each: FrameType | None = frame
+        while each and not each.f_code.co_filename.startswith(OURS):
+            each = each.f_back
+        if each is None:
+            return None
+        frame.f_trace_opcodes = True
+        self._come()
+        return self._within
+
+    def _within(self, frame: FrameType, event: str, arg: object) -> Any:
+        code, before = frame.f_code.co_code, frame.f_lasti - 2
+        while before > 0 and dis.opname[code[before]] == "CACHE":
+            before -= 2
+        if event in ("line", "return") or dis.opname[code[max(before, 0)]].startswith("CALL"):
+            self._come()
+        return self._within
+
+    def _come(self) -> None:
+        self._left -= 1
+        if self._left < 0 and not self.has_come:
+            self.has_come = True
+            raise SoftTimeLimitExceeded
+
+
+class Child:
+    """A worker and its one child, which runs a task whose time is up at one place after another."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.app = Celery("app", broker="memory://", set_as_current=False)
+        self.app.conf.influx_databases = {"main": url}
+        self.influx = celery_influx.install(self.app)
+        self._ran: list[int] = []
+        self._notes = folder / "notes"
+
+        @self.app.task(name="t", bind=True, shared=False, ignore_result=True)
+        def task(task: Any) -> None:
+            self._ran.append(task.request.retries)
+
+        self.app.finalize()
+        self.influx.start_worker("worker@host", "prefork")
+        signals.guard(self.app)
+        assert self.influx._worker
+        assert self.influx._worker.relay
+        self.relay: Relay = self.influx._worker.relay
+
+    def run(self, first: int = 0, most: int = 10_000) -> dict[int, bool]:
+        """Fork it; the numbers of its runs, and whether the task's body ran."""
+        self._notes.unlink(missing_ok=True)
+        pid = fork(lambda: self._be_child(first, most))
+        wait_for(self._notes.exists, 30, "the child's notes")
+        if self.relay._reader is None:
+            self.influx.start()
+        assert exit_code(pid) == 0
+        notes: dict[str, bool] = json.loads(self._notes.read_text())
+        return {int(number): ran for number, ran in notes.items()}
+
+    def _be_child(self, first: int, most: int) -> None:
+        current_process().index = 0
+        logging.disable()  # Celery's word on what a receiver raised
+        trace = build_tracer("t", self.app.tasks["t"], app=self.app)
+        found: dict[int, bool] = {}
+        for number in range(first, first + most):
+            limit = Limit(number)
+            sys.settrace(limit)
+            try:
+                trace(str(number), (), {}, request_of(number))
+            finally:
+                sys.settrace(None)
+            found[number] = number in self._ran
+            if not limit.has_come:
+                break
+        unfinished = self._notes.with_suffix(".new")
+        unfinished.write_text(json.dumps(found))
+        unfinished.rename(self._notes)
+        self.influx.leave_pool()
+
+
+def request_of(number: int) -> dict[str, Any]:
+    """A message that its point shows by ``retries``; from the future, so that it is counted."""
+    stamp = time.time_ns() + 10**12
+    return {
+        "id": str(number),
+        "hostname": "worker@host",
+        "delivery_info": {"exchange": "", "routing_key": "celery"},
+        "retries": number,
+        HEADER: f"1;{stamp};{stamp}",
+    }
+
+
+@pytest.fixture
+def child(receiver: Receiver, tmp_path: Path) -> Iterator[Child]:
+    made = Child(receiver.url, tmp_path)
+    yield made
+    made.influx.close(5)
+
+
+def ends(points: list[Point]) -> dict[int, list[tuple[str, str | None]]]:
+    """What the points of each run say of its end."""
+    found: dict[int, list[tuple[str, str | None]]] = {}
+    for point in points:
+        assert point.tags
+        end = point.tags["state"], point.tags.get("exception")
+        found.setdefault(point.fields["retries"], []).append(end)
+    return found
+
+
+EXPECTED = {True: [("SUCCESS", None)], False: [("FAILURE", "SoftTimeLimitExceeded")]}
+
+
+def test_wherever_it_comes_the_run_has_one_point_and_the_task_its_limit(
+    child: Child, receiver: Receiver
+) -> None:
+    runs = child.run()
+
+    assert child.influx.close(5)
+    points = receiver.points("celery_task", at_least=len(runs))
+    assert ends(points) == {number: EXPECTED[ran] for number, ran in runs.items()}
+    assert min(Counter(runs.values()).values()) > 50
+    account = child.influx.stats()["main"]
+    assert account["points"] == account["sent"] == len(runs)
+    assert len(runs) - 20 < account["clamped"] <= len(runs)  # it came before some were counted
+
+
+def test_so_it_is_in_the_first_run_of_a_child(child: Child, receiver: Receiver) -> None:
+    runs: dict[int, bool] = {}
+    for first in range(0, 5_000, 401):
+        runs.update(child.run(first, 1))
+
+    assert child.influx.close(5)
+    points = receiver.points("celery_task", at_least=len(runs))
+    assert ends(points) == {number: EXPECTED[ran] for number, ran in runs.items()}
+    assert len(Counter(runs.values())) == 2
+    assert child.influx.stats()["main"]["points"] == len(runs)
+
+
+def test_wherever_it_comes_while_the_pipe_is_full_the_account_is_right(
+    child: Child, receiver: Receiver
+) -> None:
+    child.relay.PATIENCE = 0.0
+    fcntl.fcntl(child.relay._write_fd, F_SETPIPE_SZ, 65_536)
+    filled = 0
+    for rest in (b"." * 1_000, b""):
+        while child.relay.put(0, b'filler text="%s"' % rest):
+            filled += 1
+
+    runs = child.run()
+
+    assert child.influx.close(5)
+    account = child.influx.stats()["main"]
+    kept = account["sent"] - filled  # by the child, until there was room again
+    assert account["points"] == len(runs)
+    assert account["dropped"] == len(runs) - kept > 100
+    found = ends(receiver.points("celery_task", at_least=kept))
+    assert found == {number: EXPECTED[runs[number]] for number in found}
+    assert len(found) == kept > 3
