@@ -24,7 +24,7 @@ PATIENCE = 3.0  # seconds in which no more points arrive
 def main() -> int:
     """0: every point arrived. 1: not every one, or something failed. 130: stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m example_project", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=13, help="how long to work; default: 13")
+    parser.add_argument("--seconds", type=float, default=10, help="how long to work; default: 10")
     parser.add_argument("--files", type=int, help="work on this many files instead")
     options = parser.parse_args()
     stage.interrupt(stage.stop)
