@@ -38,7 +38,7 @@ from tests.integration.worker import (
     revoke,
     skip_without,
 )
-from tests.servers import Influxd, RabbitMQ, Redis, wait_for
+from tests.servers import Influxd, RabbitMQ, Redis, missing, wait_for
 
 #: Celery 5.5 and newer: there a cold shutdown gives back what is acknowledged, too, and a hard time
 #: limit what is not.
@@ -620,7 +620,7 @@ def small_group(tmp_path: Path) -> Iterator[Path]:
         for limit in limits:
             (group / limit).write_text(str(32 << 20))
     except OSError as error:
-        pytest.skip(f"no control group for memory can be made here: {error}")
+        missing(f"no control group for memory can be made here: {error}")
     yield group
     wait_for(lambda: not (group / "cgroup.procs").read_text(), 10, "nobody is in it")
     group.rmdir()
