@@ -1013,7 +1013,7 @@ def test_after_a_frame_that_cannot_be_read_the_reader_reads_on(
 
 
 def test_a_line_for_which_there_is_no_memory_is_counted_and_the_reader_reads_on() -> None:
-    size = 32 << 20
+    size = 64 << 20  # more than what malloc ever takes from memory that it has kept
 
     def be_worker() -> None:
         sink = Sink()

@@ -57,7 +57,7 @@ def clean(influxd: Influxd) -> Any:
 @pytest.mark.parametrize(
     ("pool", "scheme"),
     [
-        ("prefork", "udp"),
+        pytest.param("prefork", "udp", marks=pytest.mark.slow),
         *(
             pytest.param(pool, scheme, marks=pytest.mark.long)
             for pool in ("prefork", "threads", "solo")

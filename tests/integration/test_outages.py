@@ -31,6 +31,8 @@ from tests.integration.worker import (
 )
 from tests.servers import Influxd, Redis, free_port, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def black_hole() -> Iterator[int]:

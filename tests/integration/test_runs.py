@@ -397,7 +397,12 @@ def all_have_come(bench: Bench, rows: dict[str, Row], ids: dict[str, str]) -> bo
 
 
 @pytest.mark.parametrize(
-    ("pool", "name"), [(pool, name) for pool in (*ALL, ON_RABBITMQ) for name in rows_of(pool)]
+    ("pool", "name"),
+    [
+        pytest.param(pool, name, marks=[pytest.mark.slow] if pool == ON_RABBITMQ else [])
+        for pool in (*ALL, ON_RABBITMQ)
+        for name in rows_of(pool)
+    ],
 )
 def test_each_run_has_one_point_that_says_how_it_ended(
     tables: Callable[[str], Table], pool: str, name: str
