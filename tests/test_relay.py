@@ -35,7 +35,10 @@ from tests.servers import wait_for
 
 F_GETPIPE_SZ = getattr(fcntl, "F_GETPIPE_SZ", 1032)
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes"),
+]
 
 
 FACTS: Facts = (("t", "q", "w"), 0, None, None, None)

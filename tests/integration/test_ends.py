@@ -30,6 +30,8 @@ from celery_influx.listener import Listener
 from tests.integration.worker import Worker, alive, environment, publisher, skip_without
 from tests.servers import Influxd, wait_for
 
+pytestmark = pytest.mark.slow
+
 POOLS = ["prefork", "threads", "solo"]
 GREEN = ["gevent", "eventlet"]
 #: Celery 5.5 and later: a cold shutdown first waits so long for the running tasks.

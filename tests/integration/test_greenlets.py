@@ -32,6 +32,8 @@ from tests.integration.worker import (
 )
 from tests.servers import Influxd, Redis, wait_for
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES = ["gevent", "eventlet"]
 #: Celery 5.5 and newer; before, a task goes on when it is revoked.
 GEVENT_TERMINATES = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")

@@ -559,6 +559,7 @@ def test_a_task_that_is_given_out_twice_at_once_has_a_point_for_each_run(bench: 
     assert [point["runtime"] for point in points] == pytest.approx([1, 1], abs=0.2)
 
 
+@pytest.mark.slow
 def test_of_a_run_in_a_worker_that_is_killed_only_the_next_one_elsewhere_is_known(
     redis_server: Redis, influxd: Influxd, rabbitmq: RabbitMQ, tmp_path: Path
 ) -> None:
@@ -599,6 +600,7 @@ def test_a_run_that_has_no_memory_left_has_its_point(bench: Bench) -> None:
     assert len(bench.began(task_id)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_the_kernel_kills_for_its_memory_has_its_point(
     bench: Bench, small_group: Path
 ) -> None:
@@ -788,6 +790,7 @@ def test_eager_runs_of_a_script_count_only_where_they_are_asked_for(
     assert not any(point.get("wait") or point.get("worker") for point in points)
 
 
+@pytest.mark.slow
 def test_each_task_of_a_canvas_has_one_point(bench: Bench) -> None:
     with bench.worker:
         ids = bench.sender.send_task("runs.canvas").get(timeout=20)
