@@ -33,7 +33,7 @@ NOTHING_TO_OFFER = {
     "'\\ud800": "no UTF-8 is half of a surrogate pair, and influxd answers in UTF-8; what it makes"
     " of the bytes that some write for it is seen in test_same_verdict.py",
 }
-PER_REASON = 40
+PER_REASON = 20
 WAYS = 12
 #: Lines of a point beside those that write all of its names in the same way: with the ways, and
 #: the order of tags and fields, mixed at random.
