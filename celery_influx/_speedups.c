@@ -1,6 +1,6 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
-stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them; and
-task_points.py's `run_line`.
+stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them, or writes to
+relay.py's pipe in a pool child; reading lines back from there; and task_points.py's `run_line`.
 
 Whatever is out of the ordinary, and every error, is left to the Python it stands in for: so there
 is one rule, and this file holds none that Python does not. What must hold here, too:

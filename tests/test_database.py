@@ -746,16 +746,24 @@ def test_closed_while_the_server_hangs_it_ends_in_time_and_opens_anew(
     assert account(database) == {"points": 4, "dropped": 2, "lost": 2}
 
 
-def test_where_no_thread_can_be_started_points_wait_and_it_is_said(
-    make, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    database = make()
+@contextlib.contextmanager
+def no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As at the end of the interpreter, or at a user's limit."""
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+def test_where_no_thread_can_be_started_points_wait_and_it_is_said(
+    make, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = make()
+
+    with no_thread_starts(monkeypatch):
         database.send_data([WHOLE] * 3)
         assert database.flush(0.1) is False
     assert caplog.messages == ["m: points wait unsent: can't start new thread"]
@@ -771,11 +779,7 @@ def test_close_drops_counts_and_says_what_waits_where_no_thread_can_be_started(
 ) -> None:
     database = make()
 
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", refuse)
+    with no_thread_starts(monkeypatch):
         database.send_data([WHOLE] * 3)
         assert database.close(0.1) is False
         assert database.close(0.1) is True
