@@ -474,6 +474,10 @@ class Database:
 
     def _count_unrelayed(self) -> None:
         self._counters[DROPPED] += 1
+        self.say_unrelayed()
+
+    def say_unrelayed(self) -> None:
+        """A line that was counted as dropped: the next ``flush`` is false, and a warning is due."""
         self._unrelayed += 1
         self._report.warn(
             "relay", "%s: dropped a line: the worker did not take it in time", self.name

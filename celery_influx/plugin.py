@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import random
 import socket
@@ -28,7 +27,6 @@ from celery_influx.errors import ConfigError
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
 from celery_influx.relay import Relay
-from celery_influx.report import Report
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
 from celery_influx.task_points import Facts, Run, point_of, quick_run_line, tags_of
@@ -37,8 +35,6 @@ from celery_influx.timing import Timer
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
     from celery_influx.transports.http import Ping
-
-logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 #: A topic exchange has keys without bound.
@@ -117,7 +113,6 @@ class Influx:
         self._child_relay: Relay | None = None  # in a pool child, with what it needs there
         self._number: int
         self._counters: memoryview
-        self._report = _make_report()
         self._queue_names: dict[tuple[str, str], str] = {}
         #: Whether tasks run in greenlets, many to a thread.
         self.is_green = False
@@ -324,8 +319,7 @@ class Influx:
             True,
         )
         if dropped:
-            name = self.default.name
-            self._report.warn("end", "%s: dropped the point of a run: the pipe is full", name)
+            self.default.say_unrelayed()
         if wrong:
             self.default.send_line(b"", wrong)
 
@@ -443,16 +437,11 @@ class Influx:
         self._lock = threading.RLock()
         self._settled = False
         self._child_relay = None
-        self._report = _make_report()
         self._forked = True
         if self._worker:
             self._worker.after_fork()
         for database in (self._databases or {}).values():
             database.begin_anew()
-
-
-def _make_report() -> Report:
-    return Report(logger, passing=(SoftTimeLimitExceeded,))
 
 
 class _Worker:
