@@ -726,6 +726,7 @@ def hung() -> Iterator[Hung]:
     made.socket.close()
 
 
+@pytest.mark.alone
 def test_closed_while_the_server_hangs_it_ends_in_time_and_opens_anew(
     make, hung: Hung, server: Server
 ) -> None:
@@ -862,6 +863,7 @@ def test_a_forked_child_closes_none_of_the_numbers_it_inherited_later_on(
     database.send_data(WHOLE)
     assert database.flush(5)
     sockets = [sock.fileno() for sock in database._transport._sockets]
+    gc.collect()  # what earlier tests left: it would close numbers in the child
 
     def be_child() -> None:
         # The numbers were free at once; they are another file's from now on.
@@ -891,6 +893,7 @@ def test_what_a_forked_child_inherited_over_http_is_never_closed_by_a_finaliser(
     database.send_data(WHOLE)
     assert database.flush(5)
     database.ping()
+    gc.collect()  # what earlier tests left: it would close numbers in the child
 
     def be_child() -> None:
         os.closerange(3, 256)  # as beat does
