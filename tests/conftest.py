@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -14,8 +16,50 @@ from celery import Celery
 
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
+from tests import servers
 from tests.integration.worker import publisher
 from tests.servers import Influxd, RabbitMQ, Redis
+
+
+class Room:
+    """Where tests run: many at once (``pytest -n 3``), or one that is marked ``alone``.
+
+    Locks on two files that are there anyway. Who waits for the room keeps the gate shut, or the
+    others would never leave it empty.
+    """
+
+    def __init__(self) -> None:
+        self._gate, self._room = (
+            os.open(file, os.O_RDONLY) for file in (__file__, servers.__file__)
+        )
+        self._stays = False
+
+    def enter(self, *, alone: bool) -> None:
+        """Wait for a place in it, or for it to be empty."""
+        if not self._stays:
+            fcntl.flock(self._gate, fcntl.LOCK_EX)
+            fcntl.flock(self._room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+
+    def leave(self, *, stay: bool) -> None:
+        """``stay``: the next one will be alone, too. Each entry would wait for another's test."""
+        self._stays = stay
+        if not stay:
+            fcntl.flock(self._room, fcntl.LOCK_UN)
+
+
+ROOM = Room()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Give each test its place."""
+    alone, next_alone = (each and each.get_closest_marker("alone") for each in (item, nextitem))
+    ROOM.enter(alone=bool(alone))
+    try:
+        return (yield)
+    finally:
+        ROOM.leave(stay=bool(alone and next_alone))
 
 
 @pytest.fixture(autouse=True)

@@ -195,6 +195,7 @@ class Stalls:
         self._thread.join()
 
 
+@pytest.mark.alone
 def test_flush_returns_within_20_ms_of_the_last_send_it_waited_for(make) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
@@ -253,6 +254,7 @@ def test_flush_waits_for_the_lines_in_the_attempt_under_way(gate: Gate, make) ->
     assert setup.batcher.flush(5) is True
 
 
+@pytest.mark.alone
 def test_flush_is_false_at_its_deadline_when_the_transport_hangs(gate: Gate, make) -> None:
     setup = make(gate)
     gate.open.clear()
@@ -264,6 +266,7 @@ def test_flush_is_false_at_its_deadline_when_the_transport_hangs(gate: Gate, mak
     assert 0.2 <= time.monotonic() - begin < 0.5
 
 
+@pytest.mark.alone
 def test_flush_is_false_at_its_deadline_when_a_real_server_never_answers(make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hole:
         client = HTTPClient(
@@ -483,6 +486,7 @@ def test_close_without_time_ends_an_idle_batcher(
     assert caplog.messages == []
 
 
+@pytest.mark.alone
 def test_close_at_its_deadline_drops_counts_and_logs_what_is_left(
     gate: Gate, make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -504,6 +508,7 @@ def test_close_at_its_deadline_drops_counts_and_logs_what_is_left(
     )
 
 
+@pytest.mark.alone
 def test_close_does_not_wait_for_a_transport_that_hangs(
     gate: Gate, make, caplog: pytest.LogCaptureFixture
 ) -> None:

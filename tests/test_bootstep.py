@@ -240,7 +240,6 @@ def test_the_points_of_the_last_tasks_are_sent_when_a_worker_ends(
     assert influxd.count("celery_task", "runtime", database) == expected
 
 
-@pytest.mark.slow
 def test_children_that_are_replaced_lose_no_point(
     influxd: Influxd, database: str, broker: str, tmp_path: Path
 ) -> None:

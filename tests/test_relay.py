@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -35,10 +36,7 @@ from tests.servers import wait_for
 
 F_GETPIPE_SZ = getattr(fcntl, "F_GETPIPE_SZ", 1032)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
 
 
 FACTS: Facts = (("t", "q", "w"), 0, None, None, None)
@@ -99,9 +97,7 @@ def fork(work: Callable[[], object]) -> int:
         work()
         code = 0
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode())  # sys.stderr, if pytest's, ends unread
     finally:
         os._exit(code)
 
@@ -474,6 +470,7 @@ def fill(relay: Relay) -> list[bytes]:
     return written
 
 
+@pytest.mark.alone
 def test_a_full_pipe_is_waited_for_once_and_then_lines_are_dropped_at_once(relay: Relay) -> None:
     fill(relay)
     relay._impatient = False
@@ -527,6 +524,7 @@ def test_when_reading_resumes_lines_get_through_and_patience_is_back(
     assert sink.lost == []
 
 
+@pytest.mark.alone
 def test_a_long_line_given_up_in_the_middle_is_counted_once_by_the_reader(
     relay: Relay, sink: Sink
 ) -> None:
@@ -637,6 +635,7 @@ def test_a_long_line_waits_no_longer_than_a_short_one(relay: Relay) -> None:
 # -- a dead worker -----------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_when_the_worker_is_killed_its_children_are_neither_held_up_nor_killed() -> None:
     read, write = os.pipe()  # for what the grandchildren tell
 
@@ -804,6 +803,7 @@ def test_sync_waits_for_all_that_was_written_before(relay: Relay, sink: Sink) ->
         assert len(sink.lines[0]) == number + 1
 
 
+@pytest.mark.alone
 def test_sync_is_false_at_its_deadline_where_the_reader_is_held_up(
     relay: Relay, sink: Sink
 ) -> None:
@@ -819,6 +819,7 @@ def test_sync_is_false_at_its_deadline_where_the_reader_is_held_up(
     assert relay.sync(5)
 
 
+@pytest.mark.alone
 def test_sync_is_false_where_the_pipe_is_full_and_nobody_reads(relay: Relay, sink: Sink) -> None:
     sink.open.clear()
     relay.start()

@@ -178,6 +178,7 @@ def test_a_broken_point_hides_no_exception_of_the_users(app: Celery) -> None:
         pass
 
 
+@pytest.mark.alone
 def test_a_coroutine_is_timed_from_start_to_end(timers: Any) -> None:
     @celery_influx.timed("work")
     async def work(seconds: float) -> float:
@@ -325,6 +326,7 @@ def test_timers_may_be_nested_recursive_and_used_again(timers: Any) -> None:
     assert recursive[2] >= 0.03
 
 
+@pytest.mark.alone
 def test_one_timer_serves_many_threads_at_once(timers: Any) -> None:
     timer = celery_influx.timed("same")
     barrier = threading.Barrier(4)

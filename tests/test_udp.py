@@ -575,6 +575,7 @@ def test_who_sends_slower_than_the_speed_is_never_held_up(
     pool.close()
 
 
+@pytest.mark.alone
 def test_a_single_payload_goes_without_delay_after_any_burst(server: socket.socket) -> None:
     pool = pool_to(port_of(server))
     for _ in range(20):

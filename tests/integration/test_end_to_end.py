@@ -57,7 +57,7 @@ def clean(influxd: Influxd) -> Any:
 @pytest.mark.parametrize(
     ("pool", "scheme"),
     [
-        pytest.param("prefork", "udp", marks=pytest.mark.slow),
+        ("prefork", "udp"),
         *(
             pytest.param(pool, scheme, marks=pytest.mark.long)
             for pool in ("prefork", "threads", "solo")
@@ -263,6 +263,7 @@ def test_a_soft_time_limit_inside_of_send_data_ends_the_task(running: Running) -
     assert all(0.4 < run["runtime"] < 3 for run in found)
 
 
+@pytest.mark.alone
 def test_wait_of_plain_countdown_and_retried_tasks_is_right_within_50_ms(
     running: Running,
 ) -> None:
@@ -293,6 +294,7 @@ def test_wait_of_plain_countdown_and_retried_tasks_is_right_within_50_ms(
     assert max(run["wait"] for run in runs if run["id"] in later) < 0.5
 
 
+@pytest.mark.alone
 def test_a_task_that_hands_on_its_headers_passes_on_no_publish_time(running: Running) -> None:
     sent = running.send("forward", 0.8).get(timeout=20)
 
@@ -304,6 +306,7 @@ def test_a_task_that_hands_on_its_headers_passes_on_no_publish_time(running: Run
     assert run["age"] is None
 
 
+@pytest.mark.alone
 def test_each_link_of_a_workflow_waits_from_its_own_publish(running: Running) -> None:
     ids = running.send("workflow").get(timeout=20)
     everyone = [*ids["chain"], *ids["heads"], ids["body"], *ids["group"]]
@@ -336,6 +339,7 @@ def test_a_queue_tag_names_the_queue_whatever_the_route(running: Running) -> Non
     assert {run["id"]: run["queue"] for run in runs} == routes
 
 
+@pytest.mark.alone
 def test_a_message_of_protocol_1_runs_and_its_wait_is_right(
     running: Running,
 ) -> None:
@@ -487,6 +491,7 @@ def test_helper_tasks_fail_by_name_and_with_the_reason(running: Running) -> None
     assert type(refused.value) is celery_influx.QueryError
 
 
+@pytest.mark.alone
 def test_sentry_opentelemetry_and_we_leave_each_others_headers_alone(
     influxd: Influxd, database: str, broker: str, store: redis.Redis, tmp_path: Path
 ) -> None:

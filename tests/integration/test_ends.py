@@ -30,8 +30,6 @@ from celery_influx.listener import Listener
 from tests.integration.worker import Worker, alive, environment, publisher, skip_without
 from tests.servers import Influxd, wait_for
 
-pytestmark = pytest.mark.slow
-
 POOLS = ["prefork", "threads", "solo"]
 GREEN = ["gevent", "eventlet"]
 #: Celery 5.5 and later: a cold shutdown first waits so long for the running tasks.
@@ -363,6 +361,7 @@ def test_a_killed_worker_loses_at_most_the_last_interval_and_one_attempt(
     assert promised <= set(stored)
 
 
+@pytest.mark.alone
 def test_a_child_whose_worker_is_gone_goes_on_and_counts(scene: Scene) -> None:
     with scene.worker("prefork") as worker:
         scene.send("alone", 2_000, True)
@@ -384,6 +383,7 @@ def test_a_child_whose_worker_is_gone_goes_on_and_counts(scene: Scene) -> None:
     assert (found["flushed"], float(found["flush"]) < 1) == ("False", True)
 
 
+@pytest.mark.alone
 def test_a_child_whose_worker_stands_still_drops_and_counts_what_finds_no_room(
     scene: Scene,
 ) -> None:

@@ -32,8 +32,6 @@ from tests.integration.worker import (
 )
 from tests.servers import Influxd, Redis, wait_for
 
-pytestmark = pytest.mark.slow
-
 LIBRARIES = ["gevent", "eventlet"]
 #: Celery 5.5 and newer; before, a task goes on when it is revoked.
 GEVENT_TERMINATES = hasattr(Celery(set_as_current=False).conf, "worker_soft_shutdown_timeout")
@@ -167,6 +165,7 @@ def test_a_green_worker_says_at_its_start_and_in_inspect_stats_what_it_sends(
     assert account["points"] == account["sent"] + account["queued"]
 
 
+@pytest.mark.alone
 def test_a_hard_time_limit_of_a_greenlet_gives_one_point(running: Running) -> None:
     task = running.send("block", 1.0, time_limit=0.4).id
 
@@ -196,6 +195,7 @@ def test_a_greenlet_that_is_terminated_gives_one_point(running: Running) -> None
     assert (run["runtime"] < 4) == killed
 
 
+@pytest.mark.alone
 def test_greenlets_side_by_side_have_runtimes_and_points_of_their_own(running: Running) -> None:
     began = time.monotonic()
     seconds = {running.send("block", tenths / 10).id: tenths / 10 for tenths in range(1, 16)}
@@ -334,6 +334,7 @@ def patched(library: str, function: str, **arguments: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.once
 def test_a_thousand_greenlets_sending_to_a_slow_server_stall_the_hub_for_less_than_5_ms(
     library: str, slow: Slow

@@ -31,8 +31,6 @@ from tests.integration.worker import (
 )
 from tests.servers import Influxd, Redis, free_port, wait_for
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def black_hole() -> Iterator[int]:
@@ -355,6 +353,7 @@ def test_a_hung_database_takes_nothing_from_another(
     assert took < 6
 
 
+@pytest.mark.alone
 def test_forked_children_of_a_killed_worker_go_on_sending(
     influxd: Influxd, database: str, broker: str, store: redis.Redis, sender: Celery, tmp_path: Path
 ) -> None:

@@ -29,8 +29,6 @@ from celery import Celery
 from tests.integration.worker import Worker, alive, children, environment, skip_without
 from tests.servers import Influxd, answers, free_port, wait_for
 
-pytestmark = pytest.mark.slow
-
 # As in apps/processes.py.
 POINTS = 500
 CHILDREN = 2

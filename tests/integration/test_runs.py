@@ -396,13 +396,10 @@ def all_have_come(bench: Bench, rows: dict[str, Row], ids: dict[str, str]) -> bo
     return all(found[ids[name]] >= len(row.points) for name, row in rows.items())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("pool", "name"),
-    [
-        pytest.param(pool, name, marks=[pytest.mark.slow] if pool == ON_RABBITMQ else [])
-        for pool in (*ALL, ON_RABBITMQ)
-        for name in rows_of(pool)
-    ],
+    [(pool, name) for pool in (*ALL, ON_RABBITMQ) for name in rows_of(pool)],
 )
 def test_each_run_has_one_point_that_says_how_it_ended(
     tables: Callable[[str], Table], pool: str, name: str
@@ -544,6 +541,7 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
     assert 0.4 < point["runtime"] < 5
 
 
+@pytest.mark.alone
 def test_a_task_that_is_given_out_twice_at_once_has_a_point_for_each_run(bench: Bench) -> None:
     """As by Redis, of a message that is not acknowledged within its visibility timeout."""
     with bench.worker:
@@ -559,7 +557,6 @@ def test_a_task_that_is_given_out_twice_at_once_has_a_point_for_each_run(bench: 
     assert [point["runtime"] for point in points] == pytest.approx([1, 1], abs=0.2)
 
 
-@pytest.mark.slow
 def test_of_a_run_in_a_worker_that_is_killed_only_the_next_one_elsewhere_is_known(
     redis_server: Redis, influxd: Influxd, rabbitmq: RabbitMQ, tmp_path: Path
 ) -> None:
@@ -600,7 +597,6 @@ def test_a_run_that_has_no_memory_left_has_its_point(bench: Bench) -> None:
     assert len(bench.began(task_id)) == 1
 
 
-@pytest.mark.slow
 def test_a_run_that_the_kernel_kills_for_its_memory_has_its_point(
     bench: Bench, small_group: Path
 ) -> None:
@@ -710,6 +706,7 @@ def test_a_soft_shutdown_ends_a_run_with_one_point(bench: Bench, seconds: str) -
     assert states([point]) == [OK if seconds == "0.6" else ("RETRY", LOST)]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("bench", [{"result_backend": "redis://127.0.0.1:9/0"}], indirect=True)
 @pytest.mark.parametrize("how", ["success", "failure", "retry"])
 def test_a_result_backend_that_is_down_takes_no_point(bench: Bench, how: str) -> None:
@@ -790,7 +787,6 @@ def test_eager_runs_of_a_script_count_only_where_they_are_asked_for(
     assert not any(point.get("wait") or point.get("worker") for point in points)
 
 
-@pytest.mark.slow
 def test_each_task_of_a_canvas_has_one_point(bench: Bench) -> None:
     with bench.worker:
         ids = bench.sender.send_task("runs.canvas").get(timeout=20)
