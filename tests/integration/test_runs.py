@@ -714,6 +714,10 @@ def test_a_result_backend_that_is_down_takes_no_point(bench: Bench, how: str) ->
     with bench.worker:
         task_id = row.make(bench)
         wait_for(lambda: len(bench.points(task_id)) >= len(row.points), 60, bench.worker.log())
+        # The point is there before Celery has the result. If it begins to shut down in between, it
+        # reads no more results, and waits for the child, which waits for room for this long one.
+        inspect = bench.sender.control.inspect(timeout=0.5, limit=1)
+        wait_for(lambda: [*(inspect.active() or {}).values()] == [[]], 20, "the result is read")
         assert bench.worker.stop() == 0  # in peace, so that a second point would come
 
     points, began = bench.points(task_id), bench.began(task_id)
