@@ -11,6 +11,7 @@ PARTS = {
     "send_data": "send_data",
     "task": "task",
     "relay": "relay",
+    "batcher": "batcher",
     "stalls": "stalls",
     "influxd": "influxd",
     "worker": "worker",

@@ -182,25 +182,32 @@ class Batcher:
         """Send until nothing waits; in the end, until all is out that waited at ``close``."""
         more = True
         while more and not self._is_over():
-            lines: list[bytes] = []
-            too_long = sent = 0
+            lists: list[list[bytes]] = []
+            taken = too_long = sent = 0
             try:
-                lines, too_long = self._buffer.take(self._batch_size, self._delivery.max_bytes)
-                more = bool(lines or too_long)
+                max_bytes = self._delivery.max_bytes
+                for _ in range(self._delivery.burst):
+                    lines, discarded = self._buffer.take(self._batch_size, max_bytes)
+                    taken += len(lines)
+                    too_long += discarded
+                    if not lines:
+                        break
+                    lists.append(lines)
+                more = bool(taken or too_long)
                 self._give_way()  # taking 5,000 lines takes 2 ms; sending them, as many again
                 if too_long:
                     self._delivery.reject(too_long)
-                self._trying = len(lines)
-                if lines and self._delivery.deliver(lines):
-                    sent = len(lines)
+                self._trying = taken
+                if lists and self._delivery.deliver(*lists):
+                    sent = taken
             except BaseException:  # noqa: BLE001 - a thread that dies takes every later point along
-                self._delivery.give_up(len(lines))
+                self._delivery.give_up(taken)
                 self._report.warn(
                     "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True
                 )
-                more = bool(lines)
+                more = bool(taken)
             self._trying = 0
-            count = len(lines) + too_long
+            count = taken + too_long
             self._failed += count - sent
             self._settled += count  # last: a flush that sees it looks at the others then
             self._wake_flushes()

@@ -38,13 +38,18 @@ class Delivery:
         """Longest payload the transport takes now."""
         return self._transport.max_bytes
 
-    def deliver(self, lines: list[bytes]) -> bool:
-        """Send ``lines`` as one payload; whether all of them went out."""
-        payload = b"\n".join(lines)
-        count, size = len(lines), len(payload)
+    @property
+    def burst(self) -> int:
+        """Most payloads that are delivered at once."""
+        return self._transport.burst
+
+    def deliver(self, *lists: list[bytes]) -> bool:
+        """Send each list of lines as one payload; whether all of them went out."""
+        payloads = [b"\n".join(lines) for lines in lists]
+        count, size = sum(map(len, lists)), sum(map(len, payloads))
         counters = self._counters
         try:
-            rejected = self._transport.write(payload)
+            rejected = self._transport.write(*payloads)
         except SendError as error:
             counters[ERRORS] += 1
             counters[LOST] += count
@@ -53,7 +58,7 @@ class Delivery:
             )
             return False
         rejected = min(rejected, count)
-        counters[PAYLOADS] += 1
+        counters[PAYLOADS] += len(payloads)
         counters[BYTES] += size
         counters[SENT] += count - rejected
         if rejected:

@@ -41,6 +41,8 @@ class Gate:
         self.failures: list[BaseException] = []
         self.limit_failures: list[BaseException] = []
         self.payloads: list[bytes] = []
+        self.calls: list[int] = []
+        self.burst = 1
         self.last_sent = 0.0
         self.seconds = 0.0
         self.closed = threading.Event()
@@ -51,14 +53,15 @@ class Gate:
             raise self.limit_failures.pop()
         return self.limit
 
-    def write(self, payload: bytes) -> int:
+    def write(self, *payloads: bytes) -> int:
         self.entered.set()
         self.open.wait(60)
         if self.seconds:
             time.sleep(self.seconds)
         if self.failures:
             raise self.failures.pop()
-        self.payloads.append(payload)
+        self.payloads += payloads
+        self.calls.append(len(payloads))
         self.last_sent = time.monotonic()
         return 0
 
@@ -195,6 +198,18 @@ class Stalls:
         self._thread.join()
 
 
+def test_as_many_payloads_as_the_transport_takes_go_at_once(gate: Gate, make) -> None:
+    gate.burst = 3
+    setup = make(gate, batch_size=2)
+    setup.buffer.put([b"m f=%d" % number for number in range(9)])
+
+    assert setup.batcher.flush(5) is True
+
+    assert gate.calls == [3, 2]
+    assert gate.lines == [b"m f=%d" % number for number in range(9)]
+    assert setup.counted() == {"sent": 9, "payloads": 5}
+
+
 @pytest.mark.alone
 def test_flush_returns_within_20_ms_of_the_last_send_it_waited_for(make) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
@@ -207,12 +222,12 @@ def test_flush_returns_within_20_ms_of_the_last_send_it_waited_for(make) -> None
         class Watched:
             """The pool, and when its last send was."""
 
-            address, max_bytes = pool.address, pool.max_bytes
+            address, max_bytes, burst = pool.address, pool.max_bytes, pool.burst
             abandon, close = pool.abandon, pool.close
 
-            def write(self, payload: bytes) -> int:
+            def write(self, *payloads: bytes) -> int:
                 nonlocal last_sent
-                errors = pool.write(payload)
+                errors = pool.write(*payloads)
                 last_sent = time.monotonic()
                 return errors
 

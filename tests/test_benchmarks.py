@@ -58,6 +58,10 @@ def test_send_data_is_measured_beside_every_peer():
             r"µs: [0-9.]+, bound ≤ 0.7",
         ),
         (
+            *("batcher", 1, {"60,000 bytes", "1,432 bytes", "1,432 bytes, a call for each"}),
+            r"µs, 1,432 bytes: [0-9.]+, bound ≤ 0.5",
+        ),
+        (
             *("stalls", 2_000, {"an empty function", "celery_influx"}),
             r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000",
         ),
@@ -66,7 +70,7 @@ def test_send_data_is_measured_beside_every_peer():
             r"points/s over HTTP: [0-9.]+, bound ≥ 250000",
         ),
     ],
-    ids=["task", "relay", "stalls", "influxd"],
+    ids=["task", "relay", "batcher", "stalls", "influxd"],
 )
 def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[str], bound: str):
     load("opentelemetry.instrumentation.celery")
@@ -116,6 +120,6 @@ def test_an_unknown_part_is_named_with_those_there_are():
 
     assert done.returncode == 2
     assert (
-        "no part wroker; expected one of send_data, task, relay, stalls, influxd, worker, import"
+        "no part wroker; expected one of send_data, task, relay, batcher, stalls, influxd, worker, import"
         in done.stderr
     )

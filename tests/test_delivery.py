@@ -18,12 +18,12 @@ class Recorder:
     def __init__(self, answer: int | Exception = 0, address: str = "udp://here:1") -> None:
         self.answer = answer
         self.address = address
-        self.max_bytes = 100
+        self.max_bytes, self.burst = 100, 1
         self.payloads: list[bytes] = []
         self.closed = 0
 
-    def write(self, payload: bytes) -> int:
-        self.payloads.append(payload)
+    def write(self, *payloads: bytes) -> int:
+        self.payloads += payloads
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -54,6 +54,18 @@ def test_lines_go_out_as_one_payload_and_are_counted_as_sent() -> None:
 
     assert transport.payloads == [b"a f=1\nb f=1"]
     assert counted(counters) == {"sent": 2, "payloads": 1, "bytes": 11}
+
+
+def test_several_payloads_at_once_are_counted_each() -> None:
+    transport = Recorder()
+    sender, counters = delivery(transport)
+
+    assert sender.deliver([b"a f=1", b"b f=1"], [b"c f=1"]) is True
+    transport.answer = SendError("udp://here:1 refused it; mend it so", "ECONNREFUSED")
+    assert sender.deliver([b"a f=1"], [b"c f=1"]) is False
+
+    assert transport.payloads[:2] == [b"a f=1\nb f=1", b"c f=1"]
+    assert counted(counters) == {"sent": 3, "payloads": 2, "bytes": 16, "lost": 2, "errors": 1}
 
 
 def test_a_failed_attempt_is_counted_as_lost_and_said_with_its_reason(

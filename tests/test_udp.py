@@ -478,6 +478,84 @@ def test_the_option_is_the_size_whatever_the_route_takes(server: socket.socket) 
     pool.close()
 
 
+# -- bursts ------------------------------------------------------------------------------------
+
+SO_NO_CHECK = 11  # <asm-generic/socket.h>
+BURST = [b"m f=1", b"m f=2\nm f=3", b"", b"m f=4"]
+
+
+def cutting_pool(port: int, host: str = "127.0.0.1") -> UDPPool:
+    """One that sends bursts, where the kernel cuts them."""
+    pool = pool_to(port, host, datagram_bytes=1_432)
+    assert pool.max_bytes == 1_432
+    if pool.burst == 1:
+        pytest.skip("this kernel knows no UDP_SEGMENT")
+    return pool
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=ipv6)])
+def test_a_burst_arrives_as_its_datagrams_filled_up_with_newlines(host: str) -> None:
+    with receiver(host) as server:
+        pool = cutting_pool(port_of(server), host)
+
+        assert pool.write(*BURST) == 0
+
+        found = [server.recv(65_536) for _ in BURST]
+        assert found == [each.ljust(11, b"\n") for each in BURST[:-1]] + BURST[-1:]
+        pool.close()
+
+
+def test_a_burst_is_no_more_than_the_kernel_cuts(server: socket.socket) -> None:
+    pool = cutting_pool(port_of(server))
+
+    assert pool.burst == 45
+    longest = [b"%d" % (number % 10) * 1_432 for number in range(45)]
+    assert pool.write(*longest) == 0
+
+    assert [server.recv(65_536) for _ in longest] == longest
+    pool.close()
+
+
+@pytest.mark.parametrize(("size", "burst"), [(64, 64), (40_000, 1), (None, 1)])
+def test_how_many_datagrams_go_at_once_follows_from_their_size(
+    server: socket.socket, size: int | None, burst: int
+) -> None:
+    cutting_pool(port_of(server)).close()
+    pool = pool_to(port_of(server), datagram_bytes=size)
+
+    assert pool.max_bytes
+    assert pool.burst == burst
+    pool.close()
+
+
+def test_what_the_kernel_refuses_to_cut_is_sent_one_by_one_from_then_on(
+    server: socket.socket,
+) -> None:
+    pool = cutting_pool(port_of(server))
+    for sock in pool._sockets:
+        sock.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)  # it cuts only where it adds checksums
+
+    assert pool.write(*BURST) == 0
+
+    assert [server.recv(65_536) for _ in BURST] == BURST
+    assert (pool.max_bytes, pool.burst) == (1_432, 1)
+    pool.close()
+    assert (pool.max_bytes, pool.burst) == (1_432, 1)
+    pool.close()
+
+
+def test_a_burst_to_a_closed_port_is_refused_and_the_next_one_still_a_burst() -> None:
+    with receiver() as server:
+        pool = cutting_pool(port_of(server))
+
+    with pytest.raises(SendError, match="ECONNREFUSED"):
+        pool.write(*BURST)
+
+    assert pool.max_bytes
+    assert pool.burst == 45
+    pool.close()
+
+
 IN_NAMESPACE = """
 import socket, sys
 from celery_influx.options import DatabaseOptions

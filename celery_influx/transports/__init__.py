@@ -29,17 +29,21 @@ class Transport(Protocol):
 
     @property
     def max_bytes(self) -> int:
-        """Longest payload one ``write`` takes. May change, with the route for instance."""
+        """Longest payload. May change, with the route for instance."""
+
+    @property
+    def burst(self) -> int:
+        """Most payloads that one ``write`` takes. May change, too."""
 
     @property
     def address(self) -> str:
         """Where it sends, for people: no secret in it."""
 
-    def write(self, payload: bytes) -> int:
+    def write(self, *payloads: bytes) -> int:
         """Make one attempt; give the number of lines that the server said it rejected.
 
         Raises:
-            SendError: The payload did not arrive; ``cause`` says why in one word.
+            SendError: They did not arrive; ``cause`` says why in one word.
         """
 
     def abandon(self) -> None:

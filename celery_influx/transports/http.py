@@ -104,15 +104,20 @@ class HTTPClient:
 
     @property
     def max_bytes(self) -> int:
-        """Longest payload one ``write`` takes."""
+        """Longest payload."""
         return self._options.batch_bytes
+
+    @property
+    def burst(self) -> int:
+        """Most payloads that one ``write`` takes."""
+        return 1
 
     @property
     def address(self) -> str:
         """Where it sends, for people: no secret in it."""
         return f"{self._root}/{quote(self._database, safe='')}"
 
-    def write(self, payload: bytes) -> int:
+    def write(self, *payloads: bytes) -> int:
         """Send lines; the number of them that the server says it rejected, the rest being stored.
 
         ``rejection`` then holds the server's words, 500 characters of them at most. InfluxDB
@@ -126,6 +131,7 @@ class HTTPClient:
                 ``"timeout"``, ``"dns"``, ``"tls"``, ``"connection"``, or an errno's name.
         """
         self.rejection = self.retry_after = None
+        payload = b"\n".join(payloads)
         body, headers = payload, None
         if self._options.gzip:
             # At the quickest level.

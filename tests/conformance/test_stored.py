@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from celery_influx.database import Database
 from celery_influx.errors import PointError
 from celery_influx.line_reader import parse
+from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point, Precision
 from tests.conformance.encoders import both_encode
 from tests.conformance.hostile import Hostile, Misleading
@@ -163,3 +165,17 @@ def test_times_arrive_rounded_down_in_each_precision(
     unit = precision.nanoseconds
     expected = sorted(time // unit * unit for time in times)
     assert [row["time"] for row in influxd.rows("m", database)] == expected
+
+
+def test_datagrams_that_are_filled_up_with_newlines_are_stored_whole(influxd: Influxd) -> None:
+    options = DatabaseOptions(host="127.0.0.1", udp_port=influxd.udp_port, datagram_bytes=1_432)
+    database = Database(options)
+    database.send_data(
+        Point("burst", {"f": number, "text": "x" * (number % 90)}, None, number)
+        for number in range(1_000)
+    )
+    assert database.close()
+    assert database.stats()["payloads"] > 40
+
+    wait_for(lambda: influxd.count("burst", "f") == 1_000, 20, "all points")
+    assert [row["f"] for row in influxd.rows("burst")] == list(range(1_000))

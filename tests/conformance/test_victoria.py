@@ -179,3 +179,25 @@ def test_the_point_of_a_tasks_run_is_stored_with_all_its_numbers(sent: Sent) -> 
     sent.send(Point("celery_task", fields, tags, NOW))
 
     assert sent.stored() == series("celery_task", fields, **tags)
+
+
+def test_datagrams_that_are_filled_up_with_newlines_are_stored_whole(
+    victoria: VictoriaMetrics,
+) -> None:
+    options = DatabaseOptions(host="127.0.0.1", udp_port=victoria.udp_port, datagram_bytes=1_432)
+    database = Database(options)
+    database.send_data(
+        Point("burst", {"f": number, "text": "x" * (number % 90)}, None, NOW + number * 10**6)
+        for number in range(1_000)
+    )
+    assert database.close()
+    assert database.stats()["payloads"] > 40
+
+    def read() -> bool:
+        url = f"http://127.0.0.1:{victoria.http_port}"
+        requests.get(f"{url}/internal/force_flush", timeout=10)
+        query = {"match[]": "burst_f"}
+        rows = requests.get(f"{url}/api/v1/export", params=query, timeout=10).text.splitlines()
+        return bool(rows) and json.loads(rows[0])["values"] == list(range(1_000))
+
+    wait_for(read, 20, "all points")
