@@ -31,6 +31,7 @@ from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
 from celery_influx.task_points import Facts, Run, point_of, quick_run_line, tags_of
 from celery_influx.timing import Timer
+from celery_influx.transports import forks_wait
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
@@ -123,7 +124,8 @@ class Influx:
     def options(self) -> Options:
         """The configuration, checked."""
         if self._options is None:
-            self._options = load(_settings(self._app))
+            with forks_wait():  # or what Celery locks for it would stay locked in the child
+                self._options = load(_settings(self._app))
         return self._options
 
     def __getitem__(self, name: str) -> Database:

@@ -60,7 +60,7 @@ class Server:
 
     @property
     def lines(self) -> list[bytes]:
-        return [line for datagram in list(self.datagrams) for line in datagram.split(b"\n")]
+        return [line for datagram in list(self.datagrams) for line in datagram.split(b"\n") if line]
 
     def points(self, count: int) -> list[Point]:
         wait_for(lambda: len(self.lines) >= count, 10, f"{count} lines")

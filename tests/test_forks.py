@@ -69,7 +69,7 @@ LOCKS = {
 #: Locks that are held until somebody is to be woken; a child has others.
 SLEEPERS = {"_held.lock"}
 #: Locks that a fork waits for, and so are never held at one.
-WAITED_FOR = {"_loading.lock"}
+WAITED_FOR = {"forks_wait.lock"}
 #: Those that it uses besides: of ``timed`` and logging; of requests and urllib3.
 OTHERS = {"timing._report": KINDS, "the log handler's": KINDS}
 HTTP = {"the cookies'": KINDS, "the connections'": KINDS, "the connections' queue": KINDS}
@@ -183,7 +183,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.gate.stop_here()
-        self.server.lines.extend(body.split(b"\n"))
+        self.server.lines.extend(filter(None, body.split(b"\n")))
         self.send_response(204)
         self.end_headers()
 

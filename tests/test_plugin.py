@@ -398,25 +398,43 @@ def test_a_fork_in_the_middle_of_many_threads_points_does_not_hang_the_child(
     assert len(receiver.points("child", at_least=6)) == 6
 
 
-class StopsWhereItIsRead(UserDict[str, Any]):
-    """A configuration that keeps the thread waiting that reads it first."""
+class Stop:
+    """Keeps the thread that comes here until there is a fork, and a little longer."""
 
-    def __init__(self, given: dict[str, Any]) -> None:
+    def __init__(self) -> None:
+        self.reached, self._forks = threading.Event(), threading.Event()
+        os.register_at_fork(before=self._forks.set)
+
+    def __call__(self, **_: object) -> None:
+        self.reached.set()
+        assert self._forks.wait(20)
+        time.sleep(0.1)
+
+
+class StopsWhereItIsRead(UserDict[str, Any]):
+    """A configuration of ours."""
+
+    def __init__(self, given: dict[str, Any], stop: Stop) -> None:
         super().__init__(given)
-        self.read, self.go, self.parent = threading.Event(), threading.Event(), os.getpid()
+        self._stop = stop
 
     def __iter__(self) -> Iterator[str]:
-        if os.getpid() == self.parent:
-            self.read.set()
-            assert self.go.wait(20)
+        self._stop()
         return super().__iter__()
 
 
+@pytest.mark.parametrize("where", ["as Celery loads it", "as we read it"])
 def test_a_fork_in_the_middle_of_the_first_look_at_the_configuration_does_not_hang_the_child(
-    receiver: Receiver,
+    receiver: Receiver, where: str
 ) -> None:
-    databases = StopsWhereItIsRead({"main": receiver.url})
-    influx = celery_influx.install(make_app(influx_databases=databases))
+    app = make_app(influx_databases={"main": receiver.url})
+    influx = celery_influx.install(app)
+    celery_influx.install(make_app("other")).options  # noqa: B018 - it is no process's very first
+    stop = Stop()
+    if where == "as Celery loads it":
+        app.on_configure.connect(stop, weak=False)
+    else:
+        app.conf.influx_databases = StopsWhereItIsRead({"main": receiver.url}, stop)
 
     def send(who: str) -> bool:
         influx.send_data({"measurement": who, "fields": {"f": 1}})
@@ -424,13 +442,12 @@ def test_a_fork_in_the_middle_of_the_first_look_at_the_configuration_does_not_ha
 
     thread = threading.Thread(target=send, args=("parent",))
     thread.start()
-    assert databases.read.wait(10)
+    assert stop.reached.wait(10)
     child = os.fork()
     if child == 0:
         faulthandler.dump_traceback_later(8, exit=True, file=2)
         os._exit(0 if send("child") else 2)
     _, status = os.waitpid(child, 0)
-    databases.go.set()
     thread.join(10)
 
     assert os.waitstatus_to_exitcode(status) == 0

@@ -65,12 +65,13 @@ def load(module: str) -> ModuleType:
     A fork in the middle of another thread's import leaves the child with a module that is locked
     for ever: whoever imports it there hangs, in ``send_data`` even.
     """
-    with _loading():
+    with forks_wait():
         return import_module(module)
 
 
 @functools.cache
-def _loading() -> Any:
+def forks_wait() -> Any:
+    """A lock to do something under that no other thread may fork in the middle of."""
     lock = threading.RLock()
     os.register_at_fork(
         before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
