@@ -26,7 +26,7 @@ _HEADERS = {socket.AF_INET: 28, socket.AF_INET6: 48}
 _LONGEST = 65_507
 
 #: <linux/udp.h>: SOL_UDP and UDP_SEGMENT. One call's content is cut into datagrams by the kernel,
-#: or by the network card: that takes an eighth of the CPU time of a call for each of
+#: or by the network card: that takes a tenth of the CPU time of a call for each, at
 #: 1,432 bytes (``python -m benchmarks batcher``).
 _SEGMENT = 17, 103
 _MOST_SEGMENTS = 64
