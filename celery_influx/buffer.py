@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from celery_influx.speedups import extension
 
@@ -48,55 +47,12 @@ class Buffer:
         self.bytes += size
         self.put_lines += count
         self._lines.extend(lines)
-        return self._limit()
-
-    def _limit(self) -> int:
-        """Drop what is too much; the number of lines."""
         dropped = 0
         while self.bytes > self.max_bytes or len(self._lines) > self.max_lines:
             if not self._drop():
                 break  # another thread has them, and has not yet said so in `bytes`
             dropped += 1
         return dropped
-
-    def sender(
-        self,
-        encode: Callable[[Any], bytes],
-        points: memoryview,
-        due_lines: int,
-        due_bytes: int,
-        reject: Callable[[Exception], None],
-        wake: Callable[[int], None],
-    ) -> Callable[[Any], None]:
-        """``send(point)``: encode it, count it in ``points[0]`` and put it. One call, for speed.
-
-        Args:
-            encode: Makes the line.
-            points: One cell.
-            due_lines: So many that wait are a batch; not more than the buffer holds.
-            due_bytes: The same in bytes.
-            reject: Called with what ``encode`` raised.
-            wake: Called with the number of lines dropped, where there is a batch.
-        """
-        lines, limit = self._lines, self._limit
-        append = lines.append
-
-        def send(point: Any) -> None:
-            try:
-                line = encode(point)
-            except Exception as error:  # noqa: BLE001 - of a user's object, anything
-                reject(error)
-                return
-            points[0] += 1
-            # As in `put`.
-            size = len(line) + 1
-            self.bytes += size
-            self.put_lines += 1
-            append(line)
-            if self.bytes >= due_bytes or len(lines) >= due_lines:
-                wake(limit())
-
-        return send
 
     def take(self, max_lines: int, max_bytes: int) -> tuple[list[bytes], int]:
         """Remove the oldest lines that make one payload when joined by newlines.

@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from celery_influx.batcher import Batcher
-from celery_influx.buffer import Buffer, make_buffer
+from celery_influx.buffer import make_buffer
 from celery_influx.counters import DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
 from celery_influx.delivery import Delivery
 from celery_influx.errors import ConfigError, FieldError, InfluxError, PointError
@@ -377,18 +377,8 @@ class Database:
                 self._opening = False
 
     def _quickest(self) -> Callable[[Point], None]:
-        """``_send``, or what does the same in one call; that knows no start of a batcher."""
+        """``_send``, or what does the same in C; that knows no start of a batcher."""
         buffer, stamps, relay = self._buffer, self.stamps, self._relay
-        points = self._counters[POINTS : POINTS + 1]
-        if not relay and type(buffer) is Buffer:
-            return buffer.sender(
-                self._encode,
-                points,
-                self._wake_lines,
-                self._wake_bytes,
-                self._reject,
-                self._after_put,
-            )
         if (
             extension is None
             or not self._enabled
@@ -396,6 +386,7 @@ class Database:
             or isinstance(self._encode, FunctionType)
         ):
             return self._send
+        points = self._counters[POINTS : POINTS + 1]
         quick: Callable[[Point], None]
         if relay:
             quick = extension.relay_sender(
