@@ -528,6 +528,15 @@ def test_how_many_datagrams_go_at_once_follows_from_their_size(
     pool.close()
 
 
+def test_a_burst_is_no_more_than_goes_in_a_tenth_of_a_second(server: socket.socket) -> None:
+    cutting_pool(port_of(server)).close()
+    pool = pool_to(port_of(server), datagram_bytes=1_432, bytes_per_second=100_000)
+
+    assert pool.max_bytes
+    assert pool.burst == 6
+    pool.close()
+
+
 def test_what_the_kernel_refuses_to_cut_is_sent_one_by_one_from_then_on(
     server: socket.socket,
 ) -> None:
@@ -563,6 +572,47 @@ from celery_influx.transports.udp import UDPPool
 for host in ("10.99.0.2", "fd99::2"):
     print(UDPPool(DatabaseOptions(host=host)).max_bytes)
 """
+
+
+SHRINKING = """
+import socket, subprocess, sys
+from celery_influx.options import DatabaseOptions
+from celery_influx.transports.udp import UDPPool
+def set_mtu(mtu):
+    subprocess.run([sys.argv[1], "link", "set", "lo", "up", "mtu", mtu], check=True)
+set_mtu("1500")
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 0))
+server.settimeout(5)
+pool = UDPPool(DatabaseOptions(host="127.0.0.1", udp_port=server.getsockname()[1]))
+print(pool.max_bytes, pool.burst)
+set_mtu("1400")
+pool.write(b"a" * 1472, b"b" * 1472)
+print(*{server.recv(65536)[:1].decode() for _ in "ab"} - {"a", "b"}, pool.max_bytes, pool.burst)
+"""
+
+
+def test_a_route_that_takes_less_than_before_ends_no_bursts() -> None:
+    with receiver() as server:
+        cutting_pool(port_of(server)).close()
+    ip = find("ip")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make a network namespace")
+    name = f"influx{os.getpid()}mtu"
+    if subprocess.run([ip, "netns", "add", name], capture_output=True, timeout=20).returncode:
+        pytest.skip("needs the right to make network namespaces")
+    try:
+        found = subprocess.run(
+            [ip, "netns", "exec", name, sys.executable, "-c", SHRINKING, ip],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    finally:
+        subprocess.run([ip, "netns", "del", name], capture_output=True, timeout=20)
+
+    assert found.stdout.split() == ["1472", "44", "1372", "47"], found.stderr
 
 
 def test_on_ethernet_a_datagram_is_what_its_frame_takes() -> None:

@@ -132,7 +132,9 @@ class UDPPool:
         except SendError as error:
             if error.cause not in _UNCUT:
                 raise
-            self.may_cut = False
+            self._open()
+            if size <= self._max_bytes:  # else it is the route that has changed
+                self.may_cut, self._burst = False, 1
             for payload in payloads:
                 self.write(payload)
         return 0
@@ -257,7 +259,9 @@ class UDPPool:
         self._max_bytes = self._options.datagram_bytes or max(route, 64)
         self._burst = 1
         if self.may_cut and self._max_bytes <= route and _can_cut(self._sockets[0]):
-            self._burst = min(_LONGEST // self._max_bytes, _MOST_SEGMENTS)
+            # No more than goes in 0.1 s: an attempt that has begun holds up the end of the process.
+            most = min(_LONGEST, self._options.bytes_per_second // 10)
+            self._burst = max(1, min(int(most // self._max_bytes), _MOST_SEGMENTS))
 
     def _connect_to_next_address(self) -> None:
         if len(self._addresses) > 1:
