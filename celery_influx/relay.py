@@ -277,6 +277,8 @@ class Relay:
             frame = head + _PART.pack(pid, serial, index, len(parts), kind) + part
             patience = 0.0 if self._impatient else max(0.0, until - time.monotonic())
             if not self._write(frame, patience):
+                if index and kind == END:
+                    self._put_run(database, body[: _END.size], END)
                 # The reader counts a line that began and did not end.
                 return index > 0
         return True

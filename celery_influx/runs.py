@@ -12,7 +12,7 @@ import marshal
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery_influx.task_points import Facts
 
@@ -55,7 +55,7 @@ _Name = tuple[int, str, int]
 class _Run:
     """One run of a task.
 
-    ``ended``: its point is written; ``heard``: by its child; ``died``: when its child was, in ns.
+    ``ended``: its point is written; ``died``: when its child was found dead, in ns.
     """
 
     __slots__ = (
@@ -64,7 +64,6 @@ class _Run:
         "ended",
         "facts",
         "goes_back",
-        "heard",
         "id",
         "pid",
         "stopped",
@@ -77,7 +76,7 @@ class _Run:
         self.began = began
         self.facts = facts
         self.goes_back = goes_back
-        self.ended = self.heard = False
+        self.ended = False
         self.died = 0
         self.stopped = 0
         self.verdict: tuple[str, str | None] | None = None
@@ -85,6 +84,15 @@ class _Run:
     @property
     def name(self) -> _Name:
         return self.pid, self.id, self.facts[1]
+
+
+class _Verdict(NamedTuple):
+    """What Celery made of a task that has not started; ``at``: when, in ns."""
+
+    at: int
+    state: str
+    exception: str | None
+    facts: Facts
 
 
 def _remember(names: dict[_Name, None], name: _Name, most: int) -> None:
@@ -109,8 +117,6 @@ class Runs:
     INTERVAL = 0.05
     #: Dead children whose run is remembered, for what Celery may still say of it.
     MOST_DEAD = 1_000
-    #: Tasks remembered that were over before they started, lest they start all the same.
-    MOST_UNSTARTED = 100
     #: Runs remembered after their child has started the next one.
     MOST_OVER = 1_000
 
@@ -126,7 +132,7 @@ class Runs:
         self._living: dict[int, _Run] = {}
         self._dead: dict[int, _Run] = {}
         self._open: dict[int, _Run] = {}  # of the dead, those that have no point yet
-        self._unstarted: dict[_Name, None] = {}
+        self._early: dict[_Name, _Verdict] = {}  # on tasks that a child has, and starts or does not
         self._over: dict[_Name, None] = {}  # before the last one of their children
         self._found: dict[int, int] = {}  # pid → when it was found dead; perhaps not all is read
         self._looked = 0.0
@@ -150,7 +156,10 @@ class Runs:
             # Its end did not come; or it is of a child that died, and that had the same pid.
             self._give_up(last)
             _remember(self._over, last.name, self.MOST_OVER)
-        run.ended = run.name in self._unstarted
+        early = self._early.pop(run.name, None)
+        if early:
+            run.verdict = early.state, early.exception
+        self._pass_over(run.pid)
         self._living[run.pid] = run
 
     def ended(self, pid: int, began: int) -> bool:
@@ -158,8 +167,7 @@ class Runs:
         run = self._living.get(pid)
         if run is None or run.began != began:
             return True  # its start did not come
-        first = not run.heard
-        run.ended = run.heard = True
+        first, run.ended = not run.ended, True
         return first
 
     def judged(self, frame: bytes) -> None:
@@ -172,9 +180,10 @@ class Runs:
             run.stopped = min(run.died or at, at)
             self._judge(run, state, exception)
         elif name not in self._over and (pid not in self._living or self._living[pid].ended):
-            # The task's body never started; this is the only word of it.
-            self._point(facts, state, exception, None)
-            _remember(self._unstarted, name, self.MOST_UNSTARTED)
+            # This is the only word of the task: its body never starts, or its start comes yet.
+            self._early[name] = _Verdict(at, state, exception, facts)
+            if not pid:
+                self._pass_over(pid)
 
     def _find(self, name: _Name) -> _Run | None:
         pid = name[0]
@@ -197,7 +206,8 @@ class Runs:
     @property
     def wait(self) -> float | None:
         """Seconds after which ``look`` wants to be called again; None: not before more comes."""
-        if self._found or self._open or not all(r.ended for r in self._living.values()):
+        waits = self._found or self._open or self._early
+        if waits or not all(run.ended for run in self._living.values()):
             return self.INTERVAL
         return None
 
@@ -207,10 +217,13 @@ class Runs:
         if now - self._looked < self.INTERVAL:
             return
         self._looked = now
-        for pid in self._living:
+        for pid in (*self._living, *(name[0] for name in self._early)):
             if pid not in self._found and self._gone(pid):
                 self._found[pid] = time.time_ns()
         overdue = time.time_ns() - int(self._patience * 1e9)
+        for name, verdict in list(self._early.items()):
+            if verdict.at < overdue:
+                self._pass_over(name[0])
         for run in list(self._open.values()):
             if run.died < overdue:
                 self._settle(run, "FAILURE", LOST)
@@ -218,7 +231,10 @@ class Runs:
     def bury(self) -> None:
         """All has been read that was in the pipe at the last ``look``."""
         for pid, died in self._found.items():
-            run = self._living.pop(pid)
+            self._pass_over(pid)
+            run = self._living.pop(pid, None)
+            if run is None:
+                continue
             run.died = died
             self._dead[pid] = run
             if not run.ended:
@@ -235,9 +251,17 @@ class Runs:
             self._give_up(run)
         for run in self._living.values():
             self._give_up(run, "RETRY" if run.goes_back else "FAILURE")
+        for pid in {name[0] for name in self._early}:
+            self._pass_over(pid)
         self._living.clear()
         self._dead.clear()
         self._found.clear()
+
+    def _pass_over(self, pid: int) -> None:
+        """The child's tasks on which there is a verdict, and that have not started, never will."""
+        for name in [name for name in self._early if name[0] == pid]:
+            verdict = self._early.pop(name)
+            self._point(verdict.facts, verdict.state, verdict.exception, None)
 
     def _judge(self, run: _Run, state: str, exception: str | None) -> None:
         run.verdict = (state, exception)

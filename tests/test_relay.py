@@ -248,6 +248,25 @@ def test_an_end_whose_line_finds_no_room_is_said_without_it(
     assert sink.killed == []
 
 
+def test_an_end_of_whose_line_only_the_beginning_finds_room_is_said_without_it(
+    relay: Relay, sink: Sink
+) -> None:
+    relay.PATIENCE = 0.001
+    began = start(relay, "a")
+    fill(relay)
+    relay._rest = os.read(relay._read_fd, 20_000)  # as a reader that goes no further as yet
+    assert relay.put_end(1, began, b"." * 200_000)
+    relay.start()
+    assert relay.put_owed(5)
+    start(relay, "b")  # the child goes on
+    assert relay.sync(10)
+    relay.close(5)
+
+    assert 1 not in sink.lines
+    assert sink.lost == [1]
+    assert [(facts, state) for facts, state, *_ in sink.killed] == [(FACTS, "FAILURE")]  # "b"
+
+
 def test_the_end_that_is_owed_is_written_when_a_child_ends_in_peace(
     relay: Relay, sink: Sink
 ) -> None:

@@ -173,6 +173,7 @@ def test_a_try_that_never_started_has_its_point_though_the_one_before_ran_there(
     scene.start(1, "a")
     scene.end(1)
     scene.judge(1, "a", "FAILURE", retries=1)
+    scene.die(1)
 
     assert scene.points == [("FAILURE", LOST, "a")]
     assert scene.runtimes == [None]
@@ -187,6 +188,7 @@ def test_the_try_before_which_ended_elsewhere_takes_no_point_from_one_that_never
     scene.die(1)
     scene.dead.add(2)
     scene.judge(pid, "a", "FAILURE", retries=1)
+    scene.die(2)
 
     assert scene.points == [("FAILURE", LOST, "a")]
 
@@ -199,6 +201,7 @@ def test_a_run_that_ended_in_another_child_takes_no_point_from_one_that_never_st
     scene.end(1)
     scene.die(1)
     scene.judge(2, "a", "FAILURE")
+    scene.die(2)
 
     assert scene.points == [("FAILURE", LOST, "a")]
 
@@ -307,14 +310,59 @@ def test_a_verdict_on_a_task_that_never_started_is_its_only_point(scene: Scene) 
     assert scene.runtimes == [None]
 
 
-def test_a_task_that_starts_after_its_verdict_has_no_second_point(scene: Scene) -> None:
+def test_a_task_that_starts_after_its_verdict_has_one_point(scene: Scene) -> None:
     scene.judge(1, "a", "REVOKED", None)
     scene.start(1, "a")
+    assert scene.points == []
     scene.die(1)
-    scene.judge(1, "a", "FAILURE")
     scene.runs.close()
 
     assert scene.points == [("REVOKED", None, "a")]
+    assert scene.runtimes == [pytest.approx(0, abs=0.2)]
+
+
+def test_a_task_that_starts_after_its_verdict_and_ends_by_itself_has_its_own_point(
+    scene: Scene,
+) -> None:
+    """As where it is revoked by a signal that does nothing to it."""
+    scene.judge(1, "a", "REVOKED", None)
+    scene.start(1, "a")
+    scene.end(1)
+    scene.start(1, "b")
+    scene.end(1)
+    scene.die(1)
+    scene.runs.close()
+
+    assert scene.points == []
+
+
+@pytest.mark.parametrize("pid", [0, 1])
+def test_a_verdict_on_a_task_that_no_child_starts_is_written_at_once_or_by_the_next_start(
+    scene: Scene, pid: int
+) -> None:
+    scene.judge(pid, "a", "REVOKED", None)
+    assert (scene.runs.wait is None) is (pid == 0)
+    if pid:
+        assert scene.points == []
+        scene.start(pid, "b")
+
+    assert scene.points == [("REVOKED", None, "a")]
+
+
+@pytest.mark.parametrize("end", ["patience", "close"])
+def test_a_verdict_on_a_task_that_never_starts_waits_no_longer_than_that(
+    scene: Scene, end: str
+) -> None:
+    scene.judge(1, "a", "REVOKED", None)
+    if end == "patience":
+        scene.runs._patience = 0.05
+        wait_for(lambda: scene.runs.look() or scene.points, 5)
+        assert scene.runs.wait is None
+    else:
+        scene.runs.close()
+
+    assert scene.points == [("REVOKED", None, "a")]
+    assert scene.runtimes == [None]
 
 
 def test_a_run_whose_end_never_came_is_written_when_its_child_starts_the_next(scene: Scene) -> None:
