@@ -577,6 +577,7 @@ def test_a_line_put_after_the_threads_last_look_is_sent_by_close(gate: Gate, mak
     assert gate.payloads == [b"late"]
 
 
+@pytest.mark.alone
 def test_all_told_to_finish_first_share_one_deadline(make) -> None:
     gates = [Gate() for _ in range(3)]
     setups = [make(gate, batch_size=1) for gate in gates]

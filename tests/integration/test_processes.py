@@ -406,6 +406,7 @@ def test_a_daemonised_script_goes_on_sending_and_writes_into_nobodys_file(
     assert written == ["mine"] * 16
 
 
+@pytest.mark.alone
 def test_threads_that_still_send_neither_break_nor_hold_up_the_end_of_the_interpreter(
     influxd: Influxd, database: str, config: dict[str, object], tmp_path: Path
 ) -> None:
