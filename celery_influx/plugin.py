@@ -71,6 +71,7 @@ def install(app: Celery) -> Influx:
         signals.connect()
         if is_green():
             import_module("requests")  # later it would stop the hub for as long
+    signals.attach(app)
     _installed.append(influx)
     return influx
 
@@ -291,7 +292,7 @@ class Influx:
         self.default.send_data(point_of(facts, state, exception, runtime, cpu))
 
     def end_run(
-        self, run: Run, state: str, exception: str | None, runtime: int, cpu: int | None
+        self, run: Run, state: str, exception: str | None, runtime: int | None, cpu: int | None
     ) -> None:
         """Write the point of a run that was told of by ``start_run``; times in ns.
 
@@ -326,7 +327,7 @@ class Influx:
             self.default.send_line(b"", wrong)
 
     def _line_of(
-        self, facts: Facts, state: str, exception: str | None, runtime: int, cpu: int | None
+        self, facts: Facts, state: str, exception: str | None, runtime: int | None, cpu: int | None
     ) -> bytes:
         """Such a point's line: its beginning, which seldom is a new one, and its numbers."""
         database = self.default
@@ -337,7 +338,7 @@ class Influx:
             if len(database.heads) >= _MOST_HEADS:
                 database.heads.clear()
             database.heads[key] = head
-        if not head or facts[4]:
+        if not head or facts[4] or runtime is None:
             return database.encode(point_of(facts, state, exception, runtime, cpu))
         return quick_run_line(head, facts, runtime, cpu, database.stamps, database.unit)
 

@@ -7,12 +7,14 @@ see ``verdicts``.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from threading import get_ident
 from typing import Any
 
 from celery import Celery, Task, current_task, signals
@@ -32,6 +34,8 @@ from celery_influx.plugin import Influx, find, installed
 from celery_influx.runs import LOST
 from celery_influx.task_points import Facts, Run
 
+logger = logging.getLogger(__name__)
+
 #: Name of the one header: "1;<ns of this publish>;<ns of the first publish>". Flat, small and
 #: scalar; whoever does not know it can leave it alone, and so do we with another version's.
 HEADER = "celery_influx"
@@ -44,7 +48,6 @@ def connect() -> None:
     """Connect all receivers, once per process; each looks whether the task's app has the plugin."""
     for signal, receiver in (
         (signals.before_task_publish, _on_publish),
-        (signals.task_prerun, _on_start),
         (signals.task_postrun, _on_end),
         (signals.task_revoked, _on_revoked),
         (signals.task_unknown, _on_unknown),
@@ -55,6 +58,29 @@ def connect() -> None:
         signal.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
     atexit.register(_on_exit)
     os.register_at_fork(after_in_child=_greenlets.clear)
+
+
+def attach(app: Celery) -> None:
+    """Have ``app``'s loader tell of each run that starts: Celery calls it right before the body.
+
+    A receiver of ``task_prerun`` costs several times as much; and what one raises Celery swallows,
+    while a soft time limit that comes in here the task has as if it had come in its body.
+    """
+    go_on = app.loader.on_task_init
+
+    def on_task_init(task_id: str, task: Task[Any, Any]) -> None:
+        try:
+            _begin(task_id, task)
+        except SoftTimeLimitExceeded:
+            with suppress(Exception):
+                _begin(task_id, task)  # it has a point all the same
+            raise
+        except Exception:
+            logger.exception("celery_influx: a run of %s has no point", task.name)
+            task.request.__dict__["influx_run"] = _unrecorded(task, task_id)
+        go_on(task_id, task)
+
+    app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
 
 
 def _on_publish(headers: dict[str, Any] | None = None, body: object = None, **_: Any) -> None:
@@ -94,62 +120,97 @@ def recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
-#: Stands for the run of a task that wants no point.
-_NONE = Run(None, (("", "", None), 0, None, None, None), 0)
-_NONE.over = True
+def _unrecorded(task: Task[Any, Any], task_id: str) -> Run:
+    """A run that has no point."""
+    run = Run(None, task, task_id, (("", "", None), 0, None, None, None), 0)
+    run.over = True
+    return run
 
 
-def _on_start(task: Task[Any, Any], **_: Any) -> None:
-    try:
-        _begin(task)
-    except SoftTimeLimitExceeded:
-        run = task.request.__dict__.get("influx_run")
-        if run:
-            run.cut = True
-        raise  # and Celery swallows it: `guard` does not
-    except Exception:
-        task.request.__dict__["influx_run"] = _NONE
-        raise
+#: The run under way in each thread: so its end need not ask Celery for the request, which is dear.
+_current: dict[int, Run] = {}
 
 
-def _begin(task: Task[Any, Any]) -> None:
+def _begin(task_id: str, task: Task[Any, Any], **_: Any) -> None:
     """Begin a run, or go on where that was cut short."""
     influx = recorder(task)
-    request = task.request
-    marks = request.__dict__
-    if influx is None or (request.is_eager and not influx.options.eager):
-        if _guarded:
-            marks["influx_run"] = _NONE
+    if influx is None:
         return
+    request = task.request_stack.top or task.request
+    marks = request.__dict__
+    is_eager = request.is_eager
     run = marks.get("influx_run")
     if run is None:
-        now = time.time_ns()
-        wait, age = _waited(request, now)
-        clamped = wait is not None and wait < 0
-        facts = facts_of(influx, task.name, request, request.retries, 0 if clamped else wait, age)
-        marks["influx_run"] = run = Run(influx, facts, now)
+        clamped = False
+        if is_eager and not influx.options.eager:
+            run = _unrecorded(task, task_id)
+        else:
+            now = time.time_ns()
+            wait, age = _waited(request, now)
+            if wait is not None and wait < 0:
+                wait, clamped = 0, True
+            facts = facts_of(influx, task.name, request, request.retries, wait, age)
+            run = Run(influx, task, task_id, facts, now)
+        run.marks = marks
+        marks["influx_run"] = run
         if clamped:
             influx.count(CLAMPED)
-    if not request.is_eager:
+    elif run.clock:
+        return
+    if is_eager:
+        run.is_eager = True
+        run.outer = _current.get(get_ident())
+    else:
         influx.start_run(run, request.id, goes_back=bool(task.acks_late))
-    run.clock, run.cpu_clock = time.perf_counter_ns(), time.thread_time_ns()
-    if influx.is_green:
-        _greenlets[id(request)] = _Greenlet(request.id, run)
+    _current[get_ident()] = run
+    if influx.is_green and not run.over:
+        _greenlets[id(run)] = _Greenlet(task_id, run)
+    run.cpu_clock = time.thread_time_ns()
+    run.clock = time.perf_counter_ns()
 
 
 def _on_end(
-    task: Task[Any, Any], state: str | None = None, retval: object = None, **_: Any
+    task: Task[Any, Any],
+    task_id: str = "",
+    state: str | None = None,
+    retval: object = None,
+    **_: Any,
 ) -> None:
     clock, cpu_clock = time.perf_counter_ns(), time.thread_time_ns()
+    run = _current.get(get_ident())
+    if run is None or run.task is not task or run.id != task_id:
+        run = _found_otherwise(task_id, task, state)
+        if run is None:
+            return
+    if not run.over:
+        _end(run, state, retval, clock, cpu_clock)
+    run.marks.pop("influx_run", None)
+    if _current.get(get_ident()) is run:
+        if run.outer:
+            _current[get_ident()] = run.outer
+        else:
+            del _current[get_ident()]
+
+
+def _found_otherwise(task_id: str, task: Task[Any, Any], state: str | None) -> Run | None:
+    """A run that ends and is not its thread's current one."""
+    influx = recorder(task)
+    if influx is None:
+        return None
     request = task.request
-    marks = request.__dict__
-    run: Run | None = marks.get("influx_run") if _guarded else marks.pop("influx_run", None)
-    if run is None or run.over:
-        return
-    if not run.clock:  # its body has never run
-        run.clock, run.cpu_clock = clock, cpu_clock
+    run: Run | None = request.__dict__.get("influx_run")
+    if run is None:
+        _begin(task_id, task)
+        run = request.__dict__["influx_run"]
+        run.clock = 0  # nobody knows when
+        if state is not None:  # where there is none, a soft time limit may have come before
+            signals.task_prerun.connect(_begin, weak=False, dispatch_uid="celery_influx._begin")
+    return run
+
+
+def _end(run: Run, state: str | None, retval: object, clock: int, cpu_clock: int) -> None:
     influx: Influx = run.influx
-    greenlet = _greenlets.pop(id(request), None) if influx.is_green else None
+    greenlet = _greenlets.pop(id(run), None) if influx.is_green else None
     if influx.is_green and greenlet is None:
         return  # the process exits, and its point is written
     # A task may also give an exception back, as its result.
@@ -170,54 +231,29 @@ def _on_end(
     if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
         exception = exception.exc
     name = None if exception is None else type(exception).__name__
-    cpu = None if influx.is_green else cpu_clock - run.cpu_clock
-    if request.is_eager:
+    runtime = cpu = None
+    if run.clock:  # or its body has never run
+        runtime = clock - run.clock
+        cpu = None if influx.is_green else cpu_clock - run.cpu_clock
+    if run.is_eager:
         run.over = True
-        influx.write_run(run.facts, state, name, clock - run.clock, cpu)
+        influx.write_run(run.facts, state, name, runtime, cpu)
     else:
-        influx.end_run(run, state, name, clock - run.clock, cpu)
+        influx.end_run(run, state, name, runtime, cpu)
 
 
-#: Whether a soft time limit may come while tasks run in this process.
-_guarded = False
-
-
-def guard(app: Celery) -> None:
+def guard() -> None:
     """Where tasks run in processes: let no soft time limit that comes in our receivers do harm.
 
-    It may come wherever Python code runs, and Celery swallows what a receiver raises. So the task
-    has it as soon as the receivers are through; and what was not done at the run's end is done by
-    one more receiver, for the limit comes only once.
+    It may come wherever Python code runs, and Celery swallows what a receiver raises. So what was
+    not done at a run's end is done by one more receiver, for the limit comes only once.
     """
-    global _guarded  # noqa: PLW0603 - of this process, and of those that it forks
-    _guarded = True
     signals.task_postrun.connect(_on_end_again, weak=False, dispatch_uid="celery_influx._guard")
-    go_on = app.loader.on_task_init
-    if getattr(go_on, "influx_guard", False):
-        return
-
-    def on_task_init(task_id: str, task: Task[Any, Any]) -> None:
-        run = task.request.__dict__.get("influx_run")
-        if run.cut if run else _is_connected():
-            with suppress(Exception):
-                _begin(task)  # it has a point all the same
-            raise SoftTimeLimitExceeded
-        go_on(task_id, task)
-
-    on_task_init.influx_guard = True  # type: ignore[attr-defined]
-    app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
-
-
-def _is_connected() -> bool:
-    return any(receiver is _on_start for _, receiver in signals.task_prerun.receivers)
 
 
 def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
-    marks = task.request.__dict__
-    run = marks.get("influx_run")
-    if run and not run.over:
+    if get_ident() in _current:
         _on_end(task, **named)
-    marks.pop("influx_run", None)
 
 
 #: What a task says of its run by raising it.
@@ -367,7 +403,7 @@ def _on_child_start(sender: Any = None, **_: Any) -> None:
     influx = find(sender)
     if influx and os.environ.get("FORKED_BY_MULTIPROCESSING"):  # Celery's own sign of it
         tasks.register(sender, influx)
-        guard(sender)
+        guard()
 
 
 def _on_child_end(**_: Any) -> None:

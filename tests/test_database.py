@@ -1030,6 +1030,7 @@ def rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_with_a_server_that_hangs_memory_stays_within_the_limit_and_the_caller_is_not_held_up(
     make, hung: Hung, caplog: pytest.LogCaptureFixture

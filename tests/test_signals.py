@@ -19,10 +19,11 @@ import pytest
 from celery import Celery, Task, signals
 from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
+from celery.loaders.app import AppLoader
 
 import celery_influx
 from celery_influx.measurements import CELERY_TASK, STATES
-from celery_influx.signals import HEADER, _eta_ns, _published
+from celery_influx.signals import HEADER, _current, _eta_ns, _published
 from tests.conftest import Receiver
 
 _names = iter(range(1_000_000))
@@ -76,6 +77,14 @@ def receiving(signal: Any, receiver: Any) -> Iterator[None]:
         yield
     finally:
         signal.disconnect(receiver)
+
+
+@pytest.fixture
+def eager_app(receiver: Receiver) -> Celery:
+    """An app whose runs in place are written."""
+    app = make_app(influx_databases={"main": receiver.url}, influx_eager=True)
+    celery_influx.install(app)
+    return app
 
 
 def message_of(app: Celery) -> Any:
@@ -357,6 +366,83 @@ def test_a_call_in_place_is_no_run_of_a_message(receiver: Receiver) -> None:
     assert app.influx.stats()["main"]["points"] == 0
 
 
+def test_where_the_loader_does_not_call_us_the_signal_of_a_runs_start_is_used(
+    receiver: Receiver, eager_app: Celery
+) -> None:
+    del eager_app.loader.on_task_init  # as by somebody who puts their own there
+    task = giving(eager_app, "t", 1)
+    try:
+        for _ in range(3):
+            task.apply()
+        first, *others = receiver.points("celery_task", at_least=3)
+    finally:
+        signals.task_prerun.disconnect(dispatch_uid="celery_influx._begin")
+
+    assert "runtime" not in first.fields  # nobody saw it begin
+    assert [point.fields["runtime"] < 1 for point in others] == [True, True]
+    assert all(point.tags and point.tags["state"] == "SUCCESS" for point in (first, *others))
+
+
+def test_the_loaders_own_way_is_gone_as_well_and_what_it_raises_the_run_has(
+    receiver: Receiver,
+) -> None:
+    class Loader(AppLoader):
+        def on_task_init(self, task_id: str, task: Task) -> None:
+            called.append(task.name)
+            raise LookupError("the loader's")
+
+    called: list[str] = []
+    app = make_app(influx_databases={"main": receiver.url}, influx_eager=True)
+    app.loader = Loader(app)
+    celery_influx.install(app)
+
+    with pytest.raises(LookupError):  # as without us
+        giving(app, "t", 1).apply()
+
+    (point,) = receiver.points("celery_task", at_least=1)
+    assert point.tags
+    assert (point.tags["state"], point.tags["exception"]) == ("FAILURE", "LookupError")
+    assert called == ["t"]
+
+
+def test_a_run_of_which_we_cannot_tell_goes_its_way(
+    receiver: Receiver, eager_app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = giving(eager_app, "t", 1)
+    influx = eager_app.influx
+    influx.queue_name = lambda _: 1 / 0
+
+    assert task.apply().get() == 1
+
+    assert influx.flush(5)
+    assert influx.stats()["main"]["points"] == 0
+    (said,) = (record for record in caplog.records if record.name.startswith("celery_influx"))
+    assert said.getMessage() == "celery_influx: a run of t has no point"
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_run_within_a_run_of_the_same_task_and_id_leaves_that_its_own_end(
+    receiver: Receiver, counted: bool
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, influx_eager=counted)
+    celery_influx.install(app)
+
+    @app.task(shared=False, name="t", bind=True)
+    def task(self: Task, depth: int = 2) -> None:
+        if depth:
+            self.apply((depth - 1,), task_id=self.request.id, retries=depth)
+        else:
+            time.sleep(0.05)
+
+    with working(app):
+        task.delay()
+        points = receiver.points("celery_task", at_least=3 if counted else 1)
+
+    found = [point.fields["retries"] for point in points]
+    assert found == ([1, 2, 0] if counted else [0])
+    assert all(point.fields["runtime"] >= 0.05 for point in points)
+
+
 def test_nothing_is_kept_of_a_run_after_its_end(receiver: Receiver) -> None:
     app = make_app(influx_databases={"main": receiver.url}, task_ignore_result=True)
     influx = celery_influx.install(app)
@@ -376,6 +462,7 @@ def test_nothing_is_kept_of_a_run_after_its_end(receiver: Receiver) -> None:
         influx.flush()
 
     gc.collect()
+    assert _current == {}
     assert len(seen) == 300
     alive = [reference for reference in seen[1:] if reference() is not None]
     assert len(alive) <= 1  # Celery's own last one

@@ -87,7 +87,7 @@ class Child:
 
         self.app.finalize()
         self.influx.start_worker("worker@host", "prefork")
-        signals.guard(self.app)
+        signals.guard()
         assert self.influx._worker
         assert self.influx._worker.relay
         self.relay: Relay = self.influx._worker.relay

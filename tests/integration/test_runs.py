@@ -613,11 +613,11 @@ def test_a_run_that_the_kernel_kills_for_its_memory_has_its_point(
 @pytest.fixture
 def small_group(tmp_path: Path) -> Iterator[Path]:
     """A control group of Linux in which 32 MiB can be had, and no swap."""
-    root = Path("/sys/fs/cgroup")
+    root, name = Path("/sys/fs/cgroup"), f"{tmp_path.name}.{os.getpid()}"
     if (root / "memory").is_dir():  # version 1
-        group, limits = root / "memory" / tmp_path.name, ["memory.limit_in_bytes"]
+        group, limits = root / "memory" / name, ["memory.limit_in_bytes"]
     else:
-        group, limits = root / tmp_path.name, ["memory.max", "memory.swap.max"]
+        group, limits = root / name, ["memory.max", "memory.swap.max"]
     try:
         group.mkdir()
         for limit in limits:
