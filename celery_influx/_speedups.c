@@ -1,6 +1,8 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
 stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them, or writes to
-relay.py's pipe in a pool child; reading lines back from there; and task_points.py's `run_line`.
+relay.py's pipe in a pool child; reading lines back from there; and of a task's run
+under_way.py's Run, signals.py's `_run_of` where it is an ordinary one, and task_points.py's
+`run_line`.
 
 Whatever is out of the ordinary, and every error, is left to the Python it stands in for: so there
 is one rule, and this file holds none that Python does not. What must hold here, too:
@@ -13,8 +15,8 @@ is one rule, and this file holds none that Python does not. What must hold here,
   for every extension that does not ask it not to: the account in shared memory needs it, too.
 - The module has no state but its types, each interpreter its own; sub-interpreters with locks of
   their own may use it side by side.
-- What is made here never changes after it is made, but a buffer, which holds bytes only: so none of
-  it needs to break a cycle of references, and nothing is ever called half taken apart.
+- What is made here never changes after it is made, but a buffer, which holds bytes only, and a run,
+  which may break its cycles: so nothing is ever called half taken apart.
 - Every reference to what a point holds is borrowed from the point, which the caller holds, inside
   of one walk. */
 
@@ -33,9 +35,28 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #define MIN_TIME (-9223372036854775806LL)
 #define MAX_TIME 9223372036854775806LL
 
+/* What a task's request has, and we leave in it. */
+enum {
+    HEADER_NAME,
+    ETA,
+    RETRIES,
+    IS_EAGER,
+    HOSTNAME,
+    DELIVERY_INFO,
+    EXCHANGE,
+    ROUTING_KEY,
+    OUR_RUN,
+    NAMES
+};
+static const char *const names[NAMES] = {
+    "celery_influx", "eta",      "retries",     "is_eager",   "hostname",
+    "delivery_info", "exchange", "routing_key", "influx_run",
+};
+
 /* This module's, in this interpreter. */
 typedef struct {
-    PyTypeObject *encoder, *stamps, *buffer, *sender;
+    PyTypeObject *encoder, *stamps, *buffer, *sender, *run;
+    PyObject *names[NAMES];
 } State;
 
 /* -- the line ------------------------------------------------------------------------------------ */
@@ -996,6 +1017,209 @@ static PyType_Spec sender_spec = {
 
 static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Database's _send."};
 
+/* -- a run of a task ----------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *influx, *task, *id, *facts, *marks, *outer;
+    long long began, clock, cpu_clock;
+    char is_eager, over;
+} Run;
+
+static long long clock_ns(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+static Run *make_run(PyTypeObject *type, PyObject *const *given, long long began)
+{
+    Run *self = (Run *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->influx = Py_NewRef(given[0]);
+    self->task = Py_NewRef(given[1]);
+    self->id = Py_NewRef(given[2]);
+    self->facts = Py_NewRef(given[3]);
+    self->marks = Py_NewRef(given[4]);
+    self->outer = Py_NewRef(Py_None);
+    self->began = began;
+    return self;
+}
+
+static PyObject *run_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *given[5];
+    long long began;
+    if (!PyArg_ParseTuple(
+            args, "OOOOOL:Run", given, given + 1, given + 2, given + 3, given + 4, &began))
+        return NULL;
+    return (PyObject *)make_run(type, given, began);
+}
+
+static PyObject *run_start(Run *self, PyObject *none)
+{
+    self->cpu_clock = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    self->clock = clock_ns(CLOCK_MONOTONIC);
+    Py_RETURN_NONE;
+}
+
+static PyObject *run_stop(Run *self, PyObject *none)
+{
+    if (self->clock == 0)
+        return Py_BuildValue("OO", Py_None, Py_None);
+    long long runtime = clock_ns(CLOCK_MONOTONIC) - self->clock;
+    return Py_BuildValue("LL", runtime, clock_ns(CLOCK_THREAD_CPUTIME_ID) - self->cpu_clock);
+}
+
+static int run_traverse(Run *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->influx);
+    Py_VISIT(self->task);
+    Py_VISIT(self->id);
+    Py_VISIT(self->facts);
+    Py_VISIT(self->marks);
+    Py_VISIT(self->outer);
+    return 0;
+}
+
+static int run_clear(Run *self)
+{
+    Py_CLEAR(self->influx);
+    Py_CLEAR(self->task);
+    Py_CLEAR(self->id);
+    Py_CLEAR(self->facts);
+    Py_CLEAR(self->marks);
+    Py_CLEAR(self->outer);
+    return 0;
+}
+
+static void run_dealloc(Run *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    run_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef run_members[] = {
+    {"influx", T_OBJECT, offsetof(Run, influx), 0, NULL},
+    {"task", T_OBJECT, offsetof(Run, task), 0, NULL},
+    {"id", T_OBJECT, offsetof(Run, id), 0, NULL},
+    {"facts", T_OBJECT, offsetof(Run, facts), 0, NULL},
+    {"marks", T_OBJECT, offsetof(Run, marks), 0, NULL},
+    {"outer", T_OBJECT, offsetof(Run, outer), 0, NULL},
+    {"began", T_LONGLONG, offsetof(Run, began), 0, NULL},
+    {"clock", T_LONGLONG, offsetof(Run, clock), 0, NULL},
+    {"is_eager", T_BOOL, offsetof(Run, is_eager), 0, NULL},
+    {"over", T_BOOL, offsetof(Run, over), 0, NULL},
+    {NULL},
+};
+
+static PyMethodDef run_methods[] = {
+    {"start", (PyCFunction)run_start, METH_NOARGS, "start(): its body starts now."},
+    {"stop", (PyCFunction)run_stop, METH_NOARGS, "stop(): ns since, of the clock and of CPU."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot run_slots[] = {
+    {Py_tp_new, run_new},         {Py_tp_traverse, run_traverse}, {Py_tp_clear, run_clear},
+    {Py_tp_dealloc, run_dealloc}, {Py_tp_members, run_members},   {Py_tp_methods, run_methods},
+    {0, NULL},
+};
+
+static PyType_Spec run_spec = {
+    .name = "celery_influx._speedups.Run",
+    .basicsize = sizeof(Run),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = run_slots,
+};
+
+/* A number's digits, up to what ends it; -1 where there are none, or too many. */
+static long long digits(const char **text, char end)
+{
+    long long value = 0;
+    const char *from = *text;
+    for (; **text >= '0' && **text <= '9' && *text - from < 18; ++*text)
+        value = 10 * value + **text - '0';
+    if (**text >= '0' && **text <= '9' && value < MAX_TIME / 10)
+        value = 10 * value + *(*text)++ - '0';
+    return *text == from || *(*text)++ != end ? -1 : value;
+}
+
+/* signals.py's `_published`, of the last one; -1 where this is no header of ours. */
+static long long published(PyObject *header)
+{
+    if (header == NULL || !PyUnicode_CheckExact(header) || !PyUnicode_IS_COMPACT_ASCII(header))
+        return -1;
+    const char *text = (const char *)PyUnicode_1BYTE_DATA(header);
+    const char *end = text + PyUnicode_GET_LENGTH(header);
+    if (*text++ != '1' || *text++ != ';')
+        return -1;
+    long long last = digits(&text, ';');
+    return last < 0 || digits(&text, 0) < 0 || text != end + 1 ? -1 : last;
+}
+
+/* A text, or None where it is missing; no more than that. */
+static PyObject *text_of(PyObject *dict, PyObject *name)
+{
+    PyObject *found = PyDict_GetItemWithError(dict, name);
+    return found == NULL && !PyErr_Occurred()          ? Py_None
+           : found == NULL || found == Py_None         ? found
+           : PyUnicode_CheckExact(found)               ? found
+                                                       : NULL;
+}
+
+/* Whether it is missing, None, or what else stands for that. */
+static int is_without(PyObject *dict, PyObject *name)
+{
+    PyObject *found = PyDict_GetItemWithError(dict, name);
+    return (found == NULL && !PyErr_Occurred()) || found == Py_None || found == Py_False ||
+           (found != NULL && PyLong_CheckExact(found) && PyObject_IsTrue(found) == 0) ||
+           (found != NULL && PyUnicode_CheckExact(found) && PyUnicode_GET_LENGTH(found) == 0);
+}
+
+/* The run that signals.py's `_run_of` makes of an ordinary message: neither a retry nor an ETA, by
+the default exchange, and with our header. None of any other. */
+static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    State *state = PyModule_GetState(module);
+    PyObject **name = state->names;
+    if (count != 5 || !PyDict_CheckExact(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "expected influx, task, task_id, name, a dict");
+        return NULL;
+    }
+    PyObject *marks = args[4], *run = NULL;
+    long long now = clock_ns(CLOCK_REALTIME);
+    long long last = published(PyDict_GetItemWithError(marks, name[HEADER_NAME]));
+    PyObject *delivery = PyDict_GetItemWithError(marks, name[DELIVERY_INFO]);
+    if (last < 0 || last > now || delivery == NULL || !PyDict_CheckExact(delivery) ||
+        !is_without(marks, name[ETA]) || !is_without(marks, name[RETRIES]) ||
+        !is_without(marks, name[IS_EAGER]) || !is_without(delivery, name[EXCHANGE]))
+        goto rare;
+    PyObject *queue = text_of(delivery, name[ROUTING_KEY]);
+    PyObject *worker = text_of(marks, name[HOSTNAME]);
+    if (queue == NULL || queue == Py_None || worker == NULL)
+        goto rare;
+    PyObject *facts =
+        Py_BuildValue("(OOO)iLOO", args[3], queue, worker, 0, now - last, Py_None, Py_None);
+    if (facts == NULL)
+        return NULL;
+    PyObject *given[] = {args[0], args[1], args[2], facts, marks};
+    run = (PyObject *)make_run(state->run, given, now);
+    Py_DECREF(facts);
+    if (run != NULL && PyDict_SetItem(marks, name[OUR_RUN], run))
+        Py_CLEAR(run);
+    return run;
+rare:
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* -- the point of a run -------------------------------------------------------------------------- */
 
 /* A name and a time; nothing where it is None. */
@@ -1175,6 +1399,8 @@ static PyMethodDef methods[] = {
      "relay_sender(encode, pipe, database, points, send, put, handler_of): one to the relay."},
     {"take_lines", take_lines, METH_VARARGS,
      "take_lines(data, position): position after the lines there, their database, the lines."},
+    {"ordinary_run", (PyCFunction)(void (*)(void))ordinary_run, METH_FASTCALL,
+     "ordinary_run(influx, task, task_id, name, request): the run of an ordinary message, or None."},
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
      "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
     {NULL, NULL, 0, NULL},
@@ -1190,10 +1416,14 @@ static int module_exec(PyObject *module)
 {
     State *state = PyModule_GetState(module);
     fill_treatments(); /* always the same: harmless in a second interpreter */
+    for (int each = 0; each < NAMES; each++)
+        if ((state->names[each] = PyUnicode_InternFromString(names[each])) == NULL)
+            return -1;
     return add_type(module, &state->encoder, &encoder_spec) ||
                    add_type(module, &state->stamps, &stamps_spec) ||
                    add_type(module, &state->buffer, &buffer_spec) ||
-                   add_type(module, &state->sender, &sender_spec)
+                   add_type(module, &state->sender, &sender_spec) ||
+                   add_type(module, &state->run, &run_spec)
                ? -1
                : 0;
 }
@@ -1205,6 +1435,9 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->stamps);
     Py_VISIT(state->buffer);
     Py_VISIT(state->sender);
+    Py_VISIT(state->run);
+    for (int each = 0; each < NAMES; each++)
+        Py_VISIT(state->names[each]);
     return 0;
 }
 
@@ -1215,6 +1448,9 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->stamps);
     Py_CLEAR(state->buffer);
     Py_CLEAR(state->sender);
+    Py_CLEAR(state->run);
+    for (int each = 0; each < NAMES; each++)
+        Py_CLEAR(state->names[each]);
     return 0;
 }
 

@@ -29,13 +29,14 @@ from celery_influx.options import Options, load
 from celery_influx.relay import Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
-from celery_influx.task_points import Facts, Run, point_of, quick_run_line, tags_of
+from celery_influx.task_points import Facts, point_of, quick_run_line, tags_of
 from celery_influx.timing import Timer
 from celery_influx.transports import forks_wait
 
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
     from celery_influx.transports.http import Ping
+    from celery_influx.under_way import Run
 
 _T = TypeVar("_T")
 #: A topic exchange has keys without bound.
@@ -106,7 +107,6 @@ class Influx:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._options: Options | None = None
         self._databases: dict[str, Database] | None = None
         self._worker: _Worker | None = None
         self._lock = threading.RLock()
@@ -121,13 +121,11 @@ class Influx:
 
     # -- the user's side -------------------------------------------------------------------------
 
-    @property
+    @_cached
     def options(self) -> Options:
         """The configuration, checked."""
-        if self._options is None:
-            with forks_wait():  # or what Celery locks for it would stay locked in the child
-                self._options = load(_settings(self._app))
-        return self._options
+        with forks_wait():  # or what Celery locks for it would stay locked in the child
+            return load(_settings(self._app))
 
     def __getitem__(self, name: str) -> Database:
         databases = self._open()
@@ -258,16 +256,17 @@ class Influx:
 
     # -- for the signals -------------------------------------------------------------------------
 
-    def start_run(self, run: Run, run_id: str | None, *, goes_back: bool) -> None:
+    def start_run(self, run: Run) -> None:
         """In a pool child: tell the worker that a run starts, which it must end if we cannot.
 
-        ``goes_back``: if the worker ends before the run does, the queue gives it out again. To do
-        so twice is to do it once.
+        To do so twice is to do it once.
         """
         if not self._settled:
             self._settle()
         if self._child_relay:
-            frame = start_frame(run_id, run.began, run.facts, goes_back)
+            # If the worker ends before the run does, the queue gives such a one out again.
+            goes_back = bool(run.task.acks_late)
+            frame = start_frame(run.id, run.began, run.facts, goes_back)
             self._child_relay.put_start(frame)
 
     def leave_pool(self) -> None:

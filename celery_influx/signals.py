@@ -32,7 +32,8 @@ from celery_influx import tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, find, installed
 from celery_influx.runs import LOST
-from celery_influx.task_points import Facts, Run
+from celery_influx.task_points import Facts
+from celery_influx.under_way import Run, make_run, ordinary_run
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def attach(app: Celery) -> None:
             raise
         except Exception:
             logger.exception("celery_influx: a run of %s has no point", task.name)
-            task.request.__dict__["influx_run"] = _unrecorded(task, task_id)
+            _unrecorded(task, task_id, task.request)
         go_on(task_id, task)
 
     app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
@@ -120,13 +121,6 @@ def recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
-def _unrecorded(task: Task[Any, Any], task_id: str) -> Run:
-    """A run that has no point."""
-    run = Run(None, task, task_id, (("", "", None), 0, None, None, None), 0)
-    run.over = True
-    return run
-
-
 #: The run under way in each thread: so its end need not ask Celery for the request, which is dear.
 _current: dict[int, Run] = {}
 
@@ -138,35 +132,51 @@ def _begin(task_id: str, task: Task[Any, Any], **_: Any) -> None:
         return
     request = task.request_stack.top or task.request
     marks = request.__dict__
-    is_eager = request.is_eager
     run = marks.get("influx_run")
     if run is None:
-        clamped = False
-        if is_eager and not influx.options.eager:
-            run = _unrecorded(task, task_id)
-        else:
-            now = time.time_ns()
-            wait, age = _waited(request, now)
-            if wait is not None and wait < 0:
-                wait, clamped = 0, True
-            facts = facts_of(influx, task.name, request, request.retries, wait, age)
-            run = Run(influx, task, task_id, facts, now)
-        run.marks = marks
-        marks["influx_run"] = run
-        if clamped:
-            influx.count(CLAMPED)
+        run = (
+            None
+            if influx.options.task_ids
+            else ordinary_run(influx, task, task_id, task.name, marks)
+        )
+        if run is None:
+            run = _run_of(influx, task, task_id, request)
     elif run.clock:
         return
-    if is_eager:
-        run.is_eager = True
+    if run.is_eager:
         run.outer = _current.get(get_ident())
     else:
-        influx.start_run(run, request.id, goes_back=bool(task.acks_late))
+        influx.start_run(run)
     _current[get_ident()] = run
     if influx.is_green and not run.over:
-        _greenlets[id(run)] = _Greenlet(task_id, run)
-    run.cpu_clock = time.thread_time_ns()
-    run.clock = time.perf_counter_ns()
+        _greenlets[id(run)] = _Greenlet(run)
+    run.start()
+
+
+def _run_of(influx: Influx, task: Task[Any, Any], task_id: str, request: Context) -> Run:
+    """The run of any message."""
+    if request.is_eager and not influx.options.eager:
+        return _unrecorded(task, task_id, request)
+    now = time.time_ns()
+    wait, age = _waited(request, now)
+    clamped = wait is not None and wait < 0
+    wait = 0 if clamped else wait
+    facts = facts_of(influx, task.name, request, request.retries, wait, age)
+    run = make_run(influx, task, task_id, facts, request.__dict__, now)
+    run.is_eager = bool(request.is_eager)
+    run.marks["influx_run"] = run
+    if clamped:
+        influx.count(CLAMPED)
+    return run
+
+
+def _unrecorded(task: Task[Any, Any], task_id: str, request: Context) -> Run:
+    """A run that has no point."""
+    facts: Facts = ("", "", None), 0, None, None, None
+    run = make_run(None, task, task_id, facts, request.__dict__, 0)
+    run.is_eager = run.over = True
+    run.marks["influx_run"] = run
+    return run
 
 
 def _on_end(
@@ -176,14 +186,13 @@ def _on_end(
     retval: object = None,
     **_: Any,
 ) -> None:
-    clock, cpu_clock = time.perf_counter_ns(), time.thread_time_ns()
     run = _current.get(get_ident())
     if run is None or run.task is not task or run.id != task_id:
         run = _found_otherwise(task_id, task, state)
         if run is None:
             return
     if not run.over:
-        _end(run, state, retval, clock, cpu_clock)
+        _end(run, state, retval)
     run.marks.pop("influx_run", None)
     if _current.get(get_ident()) is run:
         if run.outer:
@@ -208,33 +217,34 @@ def _found_otherwise(task_id: str, task: Task[Any, Any], state: str | None) -> R
     return run
 
 
-def _end(run: Run, state: str | None, retval: object, clock: int, cpu_clock: int) -> None:
+def _end(run: Run, state: str | None, retval: object) -> None:
+    runtime, cpu = run.stop()
     influx: Influx = run.influx
-    greenlet = _greenlets.pop(id(run), None) if influx.is_green else None
-    if influx.is_green and greenlet is None:
-        return  # the process exits, and its point is written
-    # A task may also give an exception back, as its result.
-    exception = retval if state != "SUCCESS" and isinstance(retval, BaseException) else None
-    if state is None:
-        exception = _raised()
-        if influx.watches_runs and isinstance(exception, (SystemExit, KeyboardInterrupt)):
-            return  # this child ends, and the worker knows why
-        state = _STATES.get(type(exception), "FAILURE")
-        if greenlet and not isinstance(exception, Exception):
-            # Told apart by name, for the library need not be installed.
-            kind = type(exception).__name__
-            if kind == "GreenletExit":
-                greenlet.end_killed(clock)
-                return
-            if kind == "Timeout":
-                exception = TimeLimitExceeded()
-    if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
-        exception = exception.exc
-    name = None if exception is None else type(exception).__name__
-    runtime = cpu = None
-    if run.clock:  # or its body has never run
-        runtime = clock - run.clock
-        cpu = None if influx.is_green else cpu_clock - run.cpu_clock
+    greenlet = None
+    if influx.is_green:
+        cpu = None  # the thread's is that of all its greenlets
+        greenlet = _greenlets.pop(id(run), None)
+        if greenlet is None:
+            return  # the process exits, and its point is written
+    name = None
+    if state != "SUCCESS":  # a task may also give an exception back, as its result
+        exception = retval if isinstance(retval, BaseException) else None
+        if state is None:
+            exception = _raised()
+            if influx.watches_runs and isinstance(exception, (SystemExit, KeyboardInterrupt)):
+                return  # this child ends, and the worker knows why
+            state = _STATES.get(type(exception), "FAILURE")
+            if greenlet and not isinstance(exception, Exception):
+                # Told apart by name, for the library need not be installed.
+                kind = type(exception).__name__
+                if kind == "GreenletExit":
+                    greenlet.end_killed(runtime)
+                    return
+                if kind == "Timeout":
+                    exception = TimeLimitExceeded()
+        if isinstance(exception, Retry) and isinstance(exception.exc, BaseException):
+            exception = exception.exc
+        name = None if exception is None else type(exception).__name__
     if run.is_eager:
         run.over = True
         influx.write_run(run.facts, state, name, runtime, cpu)
@@ -252,7 +262,9 @@ def guard() -> None:
 
 
 def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
-    if get_ident() in _current:
+    run = _current.get(get_ident())
+    # Or it is the one in the midst of which this one was.
+    if run is not None and run.marks is task.request.__dict__:
         _on_end(task, **named)
 
 
@@ -267,18 +279,18 @@ class _Greenlet:
     while eventlet's greenlets end at once, and gevent's later.
     """
 
-    __slots__ = ("_ended", "awaits_verdict", "id", "run", "verdict")
+    __slots__ = ("_runtime", "awaits_verdict", "id", "run", "verdict")
 
-    def __init__(self, task_id: str | None, run: Run) -> None:
-        self.id = task_id
+    def __init__(self, run: Run) -> None:
+        self.id = run.id
         self.run = run
         self.awaits_verdict = False
         self.verdict: tuple[str, str | None] | None = None
-        self._ended = 0
+        self._runtime: int | None = None
 
-    def end_killed(self, clock: int) -> None:
+    def end_killed(self, runtime: int | None) -> None:
         """Write its point, now or as soon as there is a verdict."""
-        self._ended = clock
+        self._runtime = runtime
         if not self.awaits_verdict:
             self.end("FAILURE")
 
@@ -286,14 +298,14 @@ class _Greenlet:
         """Take the verdict, or none from who came to none."""
         self.verdict = verdict
         awaited, self.awaits_verdict = self.awaits_verdict, False
-        if awaited and self._ended:
+        if awaited and self._runtime is not None:
             self.end("FAILURE")
 
     def end(self, state: str) -> None:
         """Write its point; ``state`` is of one without a verdict."""
         run = self.run
         state, exception = self.verdict or (state, LOST)
-        runtime = (self._ended or time.perf_counter_ns()) - run.clock
+        runtime = run.stop()[0] if self._runtime is None else self._runtime
         run.influx.write_run(run.facts, state, exception, runtime)
 
 

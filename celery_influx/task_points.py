@@ -31,48 +31,6 @@ Facts = tuple[
 ]
 
 
-class Run:
-    """A run under way, kept with its request.
-
-    Attributes:
-        influx: Whose it is.
-        task, id: What runs.
-        facts: What its point has so far.
-        began: ns of the wall when it started; with its process's pid it names the run.
-        clock: ns of the clock when its body started, and ``cpu_clock`` of its thread's CPU time;
-            0: it has not, or nobody knows when.
-        marks: Where it is kept; not beyond its end.
-        is_eager: It is no message's: it runs where it was called.
-        outer: The run of the same thread in the midst of which it is, if it is eager.
-        over: Its point is written, or it has none.
-    """
-
-    __slots__ = (
-        "began",
-        "clock",
-        "cpu_clock",
-        "facts",
-        "id",
-        "influx",
-        "is_eager",
-        "marks",
-        "outer",
-        "over",
-        "task",
-    )
-
-    def __init__(self, influx: Any, task: Any, task_id: str, facts: Facts, began: int) -> None:
-        self.influx = influx
-        self.task = task
-        self.id = task_id
-        self.facts = facts
-        self.began = began
-        self.clock = self.cpu_clock = 0
-        self.is_eager = self.over = False
-        self.outer: Run | None = None
-        self.marks: dict[str, Any] = {}
-
-
 def tags_of(series: Series, state: str, exception: str | None) -> dict[str, str | None]:
     """The tags of a run's point, but for the constant ones."""
     task, queue, worker = series

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from celery_influx import database, line_protocol, plugin, relay
+from celery_influx import database, line_protocol, plugin, relay, signals
 from celery_influx.buffer import Buffer
 from celery_influx.stamps import Stamps
 from celery_influx.task_points import run_line
+from celery_influx.under_way import Run
 
 _PARTS = {
     (database, "extension"): None,
@@ -18,6 +19,8 @@ _PARTS = {
     (database, "make_stamps"): Stamps,
     (plugin, "make_stamps"): Stamps,
     (plugin, "quick_run_line"): run_line,
+    (signals, "make_run"): Run,
+    (signals, "ordinary_run"): lambda *_: None,
 }
 
 

@@ -41,6 +41,7 @@ BANDS = {
     "celery_influx.report": IO,
     "celery_influx.delivery": IO,
     "celery_influx.runs": IO,
+    "celery_influx.under_way": IO,
     "celery_influx.relay": IO,
     "celery_influx.batcher": IO,
     "celery_influx.database": IO,

@@ -23,7 +23,7 @@ from celery.loaders.app import AppLoader
 
 import celery_influx
 from celery_influx.measurements import CELERY_TASK, STATES
-from celery_influx.signals import HEADER, _current, _eta_ns, _published
+from celery_influx.signals import HEADER, _current, _eta_ns, _published, guard
 from tests.conftest import Receiver
 
 _names = iter(range(1_000_000))
@@ -421,8 +421,9 @@ def test_a_run_of_which_we_cannot_tell_goes_its_way(
 
 
 @pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("guarded", [True, False])
 def test_a_run_within_a_run_of_the_same_task_and_id_leaves_that_its_own_end(
-    receiver: Receiver, counted: bool
+    receiver: Receiver, counted: bool, guarded: bool
 ) -> None:
     app = make_app(influx_databases={"main": receiver.url}, influx_eager=counted)
     celery_influx.install(app)
@@ -434,10 +435,15 @@ def test_a_run_within_a_run_of_the_same_task_and_id_leaves_that_its_own_end(
         else:
             time.sleep(0.05)
 
+    if guarded:
+        guard()
     with working(app):
         task.delay()
         points = receiver.points("celery_task", at_least=3 if counted else 1)
+        assert app.influx.flush(5)
+    signals.task_postrun.disconnect(dispatch_uid="celery_influx._guard")
 
+    assert app.influx.stats()["main"]["points"] == len(points)
     found = [point.fields["retries"] for point in points]
     assert found == ([1, 2, 0] if counted else [0])
     assert all(point.fields["runtime"] >= 0.05 for point in points)
