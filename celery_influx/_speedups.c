@@ -1021,7 +1021,7 @@ static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Da
 
 typedef struct {
     PyObject_HEAD
-    PyObject *influx, *task, *id, *facts, *marks, *outer;
+    PyObject *influx, *id, *facts;
     long long began, clock, cpu_clock;
     char is_eager, over;
 } Run;
@@ -1039,21 +1039,17 @@ static Run *make_run(PyTypeObject *type, PyObject *const *given, long long began
     if (self == NULL)
         return NULL;
     self->influx = Py_NewRef(given[0]);
-    self->task = Py_NewRef(given[1]);
-    self->id = Py_NewRef(given[2]);
-    self->facts = Py_NewRef(given[3]);
-    self->marks = Py_NewRef(given[4]);
-    self->outer = Py_NewRef(Py_None);
+    self->id = Py_NewRef(given[1]);
+    self->facts = Py_NewRef(given[2]);
     self->began = began;
     return self;
 }
 
 static PyObject *run_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *given[5];
+    PyObject *given[3];
     long long began;
-    if (!PyArg_ParseTuple(
-            args, "OOOOOL:Run", given, given + 1, given + 2, given + 3, given + 4, &began))
+    if (!PyArg_ParseTuple(args, "OOOL:Run", given, given + 1, given + 2, &began))
         return NULL;
     return (PyObject *)make_run(type, given, began);
 }
@@ -1077,22 +1073,16 @@ static int run_traverse(Run *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->influx);
-    Py_VISIT(self->task);
     Py_VISIT(self->id);
     Py_VISIT(self->facts);
-    Py_VISIT(self->marks);
-    Py_VISIT(self->outer);
     return 0;
 }
 
 static int run_clear(Run *self)
 {
     Py_CLEAR(self->influx);
-    Py_CLEAR(self->task);
     Py_CLEAR(self->id);
     Py_CLEAR(self->facts);
-    Py_CLEAR(self->marks);
-    Py_CLEAR(self->outer);
     return 0;
 }
 
@@ -1107,11 +1097,8 @@ static void run_dealloc(Run *self)
 
 static PyMemberDef run_members[] = {
     {"influx", T_OBJECT, offsetof(Run, influx), 0, NULL},
-    {"task", T_OBJECT, offsetof(Run, task), 0, NULL},
     {"id", T_OBJECT, offsetof(Run, id), 0, NULL},
     {"facts", T_OBJECT, offsetof(Run, facts), 0, NULL},
-    {"marks", T_OBJECT, offsetof(Run, marks), 0, NULL},
-    {"outer", T_OBJECT, offsetof(Run, outer), 0, NULL},
     {"began", T_LONGLONG, offsetof(Run, began), 0, NULL},
     {"clock", T_LONGLONG, offsetof(Run, clock), 0, NULL},
     {"is_eager", T_BOOL, offsetof(Run, is_eager), 0, NULL},
@@ -1188,11 +1175,11 @@ static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_
 {
     State *state = PyModule_GetState(module);
     PyObject **name = state->names;
-    if (count != 5 || !PyDict_CheckExact(args[4])) {
-        PyErr_SetString(PyExc_TypeError, "expected influx, task, task_id, name, a dict");
+    if (count != 4 || !PyDict_CheckExact(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "expected influx, task_id, name, a dict");
         return NULL;
     }
-    PyObject *marks = args[4], *run = NULL;
+    PyObject *marks = args[3], *run = NULL;
     long long now = clock_ns(CLOCK_REALTIME);
     long long last = published(PyDict_GetItemWithError(marks, name[HEADER_NAME]));
     PyObject *delivery = PyDict_GetItemWithError(marks, name[DELIVERY_INFO]);
@@ -1205,10 +1192,10 @@ static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_
     if (queue == NULL || queue == Py_None || worker == NULL)
         goto rare;
     PyObject *facts =
-        Py_BuildValue("(OOO)iLOO", args[3], queue, worker, 0, now - last, Py_None, Py_None);
+        Py_BuildValue("(OOO)iLOO", args[2], queue, worker, 0, now - last, Py_None, Py_None);
     if (facts == NULL)
         return NULL;
-    PyObject *given[] = {args[0], args[1], args[2], facts, marks};
+    PyObject *given[] = {args[0], args[1], facts};
     run = (PyObject *)make_run(state->run, given, now);
     Py_DECREF(facts);
     if (run != NULL && PyDict_SetItem(marks, name[OUR_RUN], run))
@@ -1400,7 +1387,7 @@ static PyMethodDef methods[] = {
     {"take_lines", take_lines, METH_VARARGS,
      "take_lines(data, position): position after the lines there, their database, the lines."},
     {"ordinary_run", (PyCFunction)(void (*)(void))ordinary_run, METH_FASTCALL,
-     "ordinary_run(influx, task, task_id, name, request): the run of an ordinary message, or None."},
+     "ordinary_run(influx, task_id, name, request): the run of an ordinary message, or None."},
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
      "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
     {NULL, NULL, 0, NULL},

@@ -256,16 +256,15 @@ class Influx:
 
     # -- for the signals -------------------------------------------------------------------------
 
-    def start_run(self, run: Run) -> None:
+    def start_run(self, run: Run, *, goes_back: bool) -> None:
         """In a pool child: tell the worker that a run starts, which it must end if we cannot.
 
-        To do so twice is to do it once.
+        ``goes_back``: if the worker ends before the run does, the queue gives it out again. To do
+        so twice is to do it once.
         """
         if not self._settled:
             self._settle()
         if self._child_relay:
-            # If the worker ends before the run does, the queue gives such a one out again.
-            goes_back = bool(run.task.acks_late)
             frame = start_frame(run.id, run.began, run.facts, goes_back)
             self._child_relay.put_start(frame)
 

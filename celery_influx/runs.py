@@ -261,6 +261,7 @@ class Runs:
         """The child's tasks on which there is a verdict, and that have not started, never will."""
         for name in [name for name in self._early if name[0] == pid]:
             verdict = self._early.pop(name)
+            _remember(self._over, name, self.MOST_OVER)  # Celery may say so twice
             self._point(verdict.facts, verdict.state, verdict.exception, None)
 
     def _judge(self, run: _Run, state: str, exception: str | None) -> None:

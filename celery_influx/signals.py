@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from threading import get_ident
 from typing import Any
 
 from celery import Celery, Task, current_task, signals
@@ -78,7 +77,7 @@ def attach(app: Celery) -> None:
             raise
         except Exception:
             logger.exception("celery_influx: a run of %s has no point", task.name)
-            _unrecorded(task, task_id, task.request)
+            _unrecorded(task_id, task.request)
         go_on(task_id, task)
 
     app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
@@ -121,12 +120,16 @@ def recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
-#: The run under way in each thread: so its end need not ask Celery for the request, which is dear.
-_current: dict[int, Run] = {}
+#: The last message's run that began here, until it has ended; for a process that has one thread
+#: for tasks.
+_unended: Run | None = None
+#: Names of tasks of which nobody told us that a run starts.
+_unheard: set[str] = set()
 
 
-def _begin(task_id: str, task: Task[Any, Any], **_: Any) -> None:
+def _begin(task_id: str, task: Task[Any, Any]) -> None:
     """Begin a run, or go on where that was cut short."""
+    global _unended  # noqa: PLW0603 - of this process
     influx = recorder(task)
     if influx is None:
         return
@@ -134,20 +137,15 @@ def _begin(task_id: str, task: Task[Any, Any], **_: Any) -> None:
     marks = request.__dict__
     run = marks.get("influx_run")
     if run is None:
-        run = (
-            None
-            if influx.options.task_ids
-            else ordinary_run(influx, task, task_id, task.name, marks)
-        )
+        if not influx.options.task_ids:
+            run = ordinary_run(influx, task_id, task.name, marks)
         if run is None:
             run = _run_of(influx, task, task_id, request)
     elif run.clock:
         return
-    if run.is_eager:
-        run.outer = _current.get(get_ident())
-    else:
-        influx.start_run(run)
-    _current[get_ident()] = run
+    if not run.is_eager:
+        influx.start_run(run, goes_back=bool(task.acks_late))
+        _unended = run
     if influx.is_green and not run.over:
         _greenlets[id(run)] = _Greenlet(run)
     run.start()
@@ -156,27 +154,31 @@ def _begin(task_id: str, task: Task[Any, Any], **_: Any) -> None:
 def _run_of(influx: Influx, task: Task[Any, Any], task_id: str, request: Context) -> Run:
     """The run of any message."""
     if request.is_eager and not influx.options.eager:
-        return _unrecorded(task, task_id, request)
+        return _unrecorded(task_id, request)
     now = time.time_ns()
     wait, age = _waited(request, now)
     clamped = wait is not None and wait < 0
     wait = 0 if clamped else wait
     facts = facts_of(influx, task.name, request, request.retries, wait, age)
-    run = make_run(influx, task, task_id, facts, request.__dict__, now)
+    run = make_run(influx, task_id, facts, now)
     run.is_eager = bool(request.is_eager)
-    run.marks["influx_run"] = run
+    request.__dict__["influx_run"] = run
     if clamped:
         influx.count(CLAMPED)
     return run
 
 
-def _unrecorded(task: Task[Any, Any], task_id: str, request: Context) -> Run:
+def _unrecorded(task_id: str, request: Context) -> Run:
     """A run that has no point."""
-    facts: Facts = ("", "", None), 0, None, None, None
-    run = make_run(None, task, task_id, facts, request.__dict__, 0)
+    run = make_run(None, task_id, (("", "", None), 0, None, None, None), 0)
     run.is_eager = run.over = True
-    run.marks["influx_run"] = run
+    request.__dict__["influx_run"] = run
     return run
+
+
+def _begin_unheard(task_id: str, task: Task[Any, Any], **_: Any) -> None:
+    if task.name in _unheard:
+        _begin(task_id, task)
 
 
 def _on_end(
@@ -186,35 +188,29 @@ def _on_end(
     retval: object = None,
     **_: Any,
 ) -> None:
-    run = _current.get(get_ident())
-    if run is None or run.task is not task or run.id != task_id:
-        run = _found_otherwise(task_id, task, state)
-        if run is None:
-            return
-    if not run.over:
-        _end(run, state, retval)
-    run.marks.pop("influx_run", None)
-    if _current.get(get_ident()) is run:
-        if run.outer:
-            _current[get_ident()] = run.outer
-        else:
-            del _current[get_ident()]
-
-
-def _found_otherwise(task_id: str, task: Task[Any, Any], state: str | None) -> Run | None:
-    """A run that ends and is not its thread's current one."""
-    influx = recorder(task)
-    if influx is None:
-        return None
-    request = task.request
-    run: Run | None = request.__dict__.get("influx_run")
+    global _unended  # noqa: PLW0603
+    request = task.request_stack.top or task.request
+    marks = request.__dict__
+    run = marks.get("influx_run")
     if run is None:
+        if recorder(task) is None:
+            return
         _begin(task_id, task)
-        run = request.__dict__["influx_run"]
+        run = marks["influx_run"]
         run.clock = 0  # nobody knows when
         if state is not None:  # where there is none, a soft time limit may have come before
-            signals.task_prerun.connect(_begin, weak=False, dispatch_uid="celery_influx._begin")
-    return run
+            _unheard.add(task.name)
+            signals.task_prerun.connect(
+                _begin_unheard, weak=False, dispatch_uid="celery_influx._begin_unheard"
+            )
+    try:
+        if not run.over:
+            _end(run, state, retval)
+    finally:
+        if run.over:
+            marks.pop("influx_run", None)
+            if run is _unended:
+                _unended = None
 
 
 def _end(run: Run, state: str | None, retval: object) -> None:
@@ -262,9 +258,8 @@ def guard() -> None:
 
 
 def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
-    run = _current.get(get_ident())
-    # Or it is the one in the midst of which this one was.
-    if run is not None and run.marks is task.request.__dict__:
+    # It is not, in the midst of a run, after one that was run in place.
+    if _unended and "influx_run" in task.request.__dict__:
         _on_end(task, **named)
 
 

@@ -310,6 +310,18 @@ def test_a_verdict_on_a_task_that_never_started_is_its_only_point(scene: Scene) 
     assert scene.runtimes == [None]
 
 
+def test_a_verdict_that_is_given_twice_on_a_task_that_never_started_is_one_point(
+    scene: Scene,
+) -> None:
+    for _ in range(2):
+        scene.judge(1, "a", "REVOKED", None)
+        scene.die(1)
+    scene.judge(1, "a", "REVOKED", None)
+    scene.runs.close()
+
+    assert scene.points == [("REVOKED", None, "a")]
+
+
 def test_a_task_that_starts_after_its_verdict_has_one_point(scene: Scene) -> None:
     scene.judge(1, "a", "REVOKED", None)
     scene.start(1, "a")

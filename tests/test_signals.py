@@ -22,8 +22,9 @@ from celery.contrib.testing.worker import start_worker
 from celery.loaders.app import AppLoader
 
 import celery_influx
+from celery_influx import signals as signals_module
 from celery_influx.measurements import CELERY_TASK, STATES
-from celery_influx.signals import HEADER, _current, _eta_ns, _published, guard
+from celery_influx.signals import HEADER, _eta_ns, _published, guard
 from tests.conftest import Receiver
 
 _names = iter(range(1_000_000))
@@ -375,8 +376,10 @@ def test_where_the_loader_does_not_call_us_the_signal_of_a_runs_start_is_used(
         for _ in range(3):
             task.apply()
         first, *others = receiver.points("celery_task", at_least=3)
+        assert signals_module._unheard == {"t"}  # for the others their loader's word stands
     finally:
-        signals.task_prerun.disconnect(dispatch_uid="celery_influx._begin")
+        signals.task_prerun.disconnect(dispatch_uid="celery_influx._begin_unheard")
+        signals_module._unheard.clear()
 
     assert "runtime" not in first.fields  # nobody saw it begin
     assert [point.fields["runtime"] < 1 for point in others] == [True, True]
@@ -468,7 +471,7 @@ def test_nothing_is_kept_of_a_run_after_its_end(receiver: Receiver) -> None:
         influx.flush()
 
     gc.collect()
-    assert _current == {}
+    assert signals_module._unended is None
     assert len(seen) == 300
     alive = [reference for reference in seen[1:] if reference() is not None]
     assert len(alive) <= 1  # Celery's own last one

@@ -501,6 +501,7 @@ def test_points_of_a_process_without_a_worker_are_sent_at_its_exit(
     assert influxd.count("child", "number", database) == 1
 
 
+@pytest.mark.alone
 def test_a_black_hole_holds_up_the_exit_no_longer_than_the_shutdown_timeout(
     black_hole: int,
 ) -> None:
