@@ -1,8 +1,9 @@
 """What a run of a task costs in its own process: Celery's tracer, with and without the plugin.
 
-The signals' receivers are what the plugin and its peers add to each task of a worker. Each variant
-runs the same no-op task through Celery's own tracer, in one process, with its receivers connected
-only while it is measured; ours write the point into the buffer of this process. Counted is the CPU
+A hook at a run's start and a receiver at its end are what the plugin adds to each task of a worker;
+its peers have receivers at both. Each variant runs the same no-op task through Celery's own tracer,
+in one process, with its receivers connected only while it is measured; ours write the point into
+the buffer of this process. Counted is the CPU
 time of the thread that runs the tasks.
 """
 
