@@ -170,7 +170,8 @@ def children(pid: int) -> list[int]:
     """The processes that ``pid`` has started and that still are its children."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(each) for each in task.read_text().split()]
+        with suppress(FileNotFoundError):  # a thread that has just ended
+            found += [int(each) for each in task.read_text().split()]
     return found
 
 
