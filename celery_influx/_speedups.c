@@ -1154,10 +1154,9 @@ static long long published(PyObject *header)
 static PyObject *text_of(PyObject *dict, PyObject *name)
 {
     PyObject *found = PyDict_GetItemWithError(dict, name);
-    return found == NULL && !PyErr_Occurred()          ? Py_None
-           : found == NULL || found == Py_None         ? found
-           : PyUnicode_CheckExact(found)               ? found
-                                                       : NULL;
+    if (found == NULL)
+        return PyErr_Occurred() ? NULL : Py_None;
+    return found == Py_None || PyUnicode_CheckExact(found) ? found : NULL;
 }
 
 /* Whether it is missing, None, or what else stands for that. */

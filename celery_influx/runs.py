@@ -181,9 +181,10 @@ class Runs:
             self._judge(run, state, exception)
         elif name not in self._over and (pid not in self._living or self._living[pid].ended):
             # This is the only word of the task: its body never starts, or its start comes yet.
-            self._early[name] = _Verdict(at, state, exception, facts)
-            if not pid:
-                self._pass_over(pid)
+            if pid:
+                self._early[name] = _Verdict(at, state, exception, facts)
+            else:
+                self._point(facts, state, exception, None)
 
     def _find(self, name: _Name) -> _Run | None:
         pid = name[0]

@@ -322,11 +322,20 @@ def test_a_verdict_that_is_given_twice_on_a_task_that_never_started_is_one_point
     assert scene.points == [("REVOKED", None, "a")]
 
 
+def test_a_task_that_no_child_was_seen_to_take_may_be_lost_more_than_once(scene: Scene) -> None:
+    """As where its message goes back each time."""
+    for _ in range(2):
+        scene.judge(0, "a", "RETRY")
+
+    assert scene.points == [("RETRY", LOST, "a")] * 2
+
+
 def test_a_task_that_starts_after_its_verdict_has_one_point(scene: Scene) -> None:
     scene.judge(1, "a", "REVOKED", None)
     scene.start(1, "a")
     assert scene.points == []
     scene.die(1)
+    scene.judge(1, "a", "FAILURE")
     scene.runs.close()
 
     assert scene.points == [("REVOKED", None, "a")]
