@@ -10,6 +10,7 @@ import itertools
 import mmap
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -108,6 +109,14 @@ def start_program() -> tuple[int, str, str]:
 @signals.beat_init.connect(weak=False)
 def _send_from_beat(**_: object) -> None:
     threading.Thread(target=_stream, daemon=True).start()
+    signals.after_task_publish.connect(_end_when_asked)
+
+
+def _end_when_asked(**_: object) -> None:
+    # From outside, the signal may come while redis-py waits for an answer: there the SystemExit of
+    # Celery's handler becomes a ValueError, and beat dies of it.
+    if store().get("beat may end"):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _stream() -> None:
