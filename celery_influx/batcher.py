@@ -77,12 +77,12 @@ class Batcher:
         self._wanted = False
         self._doze = _held()
         self._flushes: list[threading.Lock] = []
-        # Lines taken from the buffer whose fate is known; those of earlier batchers are done.
-        self._settled = buffer.taken
-        self._failed = 0  # of these, the ones that did not go out
+        # Lines taken from the buffer whose fate is known, and of these, the ones that did not go
+        # out. Earlier batchers are done with theirs.
+        self._settled = buffer.taken, 0
+        self._failed_before = 0  # close was called
         self._green = is_green()
         self._turn = 0.0  # when the others had theirs
-        self._trying = 0  # lines in the attempt that is going on
         self._deadline: float | None = None  # set by close: when to stop, however much waits
         self._last = 0  # and the line to stop at, which waited last when it was called
         self._thread = threading.Thread(target=self._run, name=f"celery_influx {name}", daemon=True)
@@ -99,12 +99,12 @@ class Batcher:
         buffer = self._buffer
         deadline = time.monotonic() + timeout
         target = buffer.put_lines
-        failures = buffer.dropped + self._failed
+        failures = buffer.dropped + self._settled[1]
         self.wake()
         progress = _held()
         self._flushes.append(progress)
         try:
-            while self._settled + buffer.dropped < target:
+            while self._settled[0] + buffer.dropped < target:
                 now = time.monotonic()
                 left = deadline - now
                 closed = self._deadline is not None and now >= self._deadline
@@ -113,24 +113,25 @@ class Batcher:
                 progress.acquire(timeout=min(left, threading.TIMEOUT_MAX))
         finally:
             self._flushes.remove(progress)
-        return buffer.dropped + self._failed == failures
+        return buffer.dropped + self._settled[1] == failures
 
     def finish(self, deadline: float) -> None:
         """Ask the thread to send what waits until ``deadline`` (``time.monotonic``), and to end."""
         if self._deadline is None:
             self._last = self._buffer.put_lines
+            self._failed_before = self._settled[1]
             self._deadline = deadline
         _wake(self._doze)
 
     def close(self, timeout: float) -> bool:
         """Send all that waits and end the thread; whether all went out in ``timeout`` seconds.
 
-        What is still waiting then is dropped, counted and logged.
+        What is still waiting then is dropped and counted. The log's last line says how many these
+        are, and those that failed by now.
         """
         self.finish(time.monotonic() + timeout)
         # Where no time is given it still has to come out of its wait.
         self._thread.join(max(timeout, 0.05))
-        trying = self._trying if self._thread.is_alive() else 0
         if self._thread.is_alive():
             # It hangs in an attempt; being a daemon it does not hold the process up.
             logger.warning("%s: an attempt to send did not end within %.1f s", self._name, timeout)
@@ -142,18 +143,25 @@ class Batcher:
         dropped = self._buffer.clear()
         self._counters[DROPPED] += dropped
         self._wake_flushes()
-        if dropped or trying:
+        settled, failed = self._settled
+        fates = {
+            "dropped": dropped,
+            "in attempts that failed": failed - self._failed_before,
+            "in an attempt that has not ended": self._buffer.taken - settled,
+        }
+        unsent = sum(fates.values())
+        if unsent:
             logger.warning(
-                "%s: %d lines could not be sent within %.1f s at the end, and were dropped%s",
+                "%s: %d lines could not be sent within %.1f s at the end: %s",
                 self._name,
-                dropped + trying,
+                unsent,
                 timeout,
-                f" ({trying} of them are in an attempt that has not ended)" if trying else "",
+                ", ".join(f"{count} {fate}" for fate, count in fates.items() if count),
             )
         if self.hangs():
             return False  # the thread closes the transport, should it ever come back
         self._close_transport()
-        return not dropped
+        return not unsent
 
     def hangs(self) -> bool:
         """After ``close``: whether the thread is still in an attempt, and so in the transport."""
@@ -162,7 +170,7 @@ class Batcher:
     def _is_over(self) -> bool:
         if self._deadline is None:
             return False
-        done = self._settled + self._buffer.dropped >= self._last
+        done = self._settled[0] + self._buffer.dropped >= self._last
         return done or time.monotonic() >= self._deadline
 
     def _run(self) -> None:
@@ -197,7 +205,6 @@ class Batcher:
                 self._give_way()  # taking 5,000 lines takes 2 ms; sending them, as many again
                 if too_long:
                     self._delivery.reject(too_long)
-                self._trying = taken
                 if lists and self._delivery.deliver(*lists):
                     sent = taken
             except BaseException:  # noqa: BLE001 - a thread that dies takes every later point along
@@ -206,10 +213,9 @@ class Batcher:
                     "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True
                 )
                 more = bool(taken)
-            self._trying = 0
+            settled, failed = self._settled
             count = taken + too_long
-            self._failed += count - sent
-            self._settled += count  # last: a flush that sees it looks at the others then
+            self._settled = settled + count, failed + count - sent
             self._wake_flushes()
             self._give_way()
 

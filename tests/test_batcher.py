@@ -523,6 +523,29 @@ def test_close_at_its_deadline_drops_counts_and_logs_what_is_left(
     )
 
 
+def test_close_says_last_how_many_lines_failed_meanwhile(
+    gate: Gate, make, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = make(gate, batch_size=2)
+    gate.failures = [SendError("no"), SendError("no"), SendError("no")]
+    setup.buffer.put([b"before"] * 2)
+    assert setup.batcher.flush(5) is False
+    gate.open.clear()
+    gate.entered.clear()
+    setup.buffer.put([b"meanwhile"] * 6)
+    setup.batcher.wake()
+    assert gate.entered.wait(5)  # in an attempt that fails only when close was called
+    threading.Timer(0.1, gate.open.set).start()
+
+    assert setup.batcher.close(5) is False
+
+    counted = setup.counted()
+    assert (counted["lost"], counted["sent"]) == (6, 2)
+    assert caplog.messages[-1] == (
+        "metrics: 4 lines could not be sent within 5.0 s at the end: 4 in attempts that failed"
+    )
+
+
 @pytest.mark.alone
 def test_close_does_not_wait_for_a_transport_that_hangs(
     gate: Gate, make, caplog: pytest.LogCaptureFixture
@@ -541,8 +564,8 @@ def test_close_does_not_wait_for_a_transport_that_hangs(
     assert caplog.messages == [
         "metrics: an attempt to send did not end within 0.2 s",
         (
-            "metrics: 4 lines could not be sent within 0.2 s at the end, and were dropped "
-            "(1 of them are in an attempt that has not ended)"
+            "metrics: 4 lines could not be sent within 0.2 s at the end: "
+            "3 dropped, 1 in an attempt that has not ended"
         ),
     ]
 
