@@ -45,12 +45,11 @@ enum {
     DELIVERY_INFO,
     EXCHANGE,
     ROUTING_KEY,
-    OUR_RUN,
     NAMES
 };
 static const char *const names[NAMES] = {
     "celery_influx", "eta",      "retries",     "is_eager",   "hostname",
-    "delivery_info", "exchange", "routing_key", "influx_run",
+    "delivery_info", "exchange", "routing_key",
 };
 
 /* This module's, in this interpreter. */
@@ -1021,7 +1020,7 @@ static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Da
 
 typedef struct {
     PyObject_HEAD
-    PyObject *influx, *id, *facts;
+    PyObject *influx, *id, *facts, *request;
     long long began, clock, cpu_clock;
     char is_eager, over;
 } Run;
@@ -1075,6 +1074,7 @@ static int run_traverse(Run *self, visitproc visit, void *arg)
     Py_VISIT(self->influx);
     Py_VISIT(self->id);
     Py_VISIT(self->facts);
+    Py_VISIT(self->request);
     return 0;
 }
 
@@ -1083,6 +1083,7 @@ static int run_clear(Run *self)
     Py_CLEAR(self->influx);
     Py_CLEAR(self->id);
     Py_CLEAR(self->facts);
+    Py_CLEAR(self->request);
     return 0;
 }
 
@@ -1099,6 +1100,7 @@ static PyMemberDef run_members[] = {
     {"influx", T_OBJECT, offsetof(Run, influx), 0, NULL},
     {"id", T_OBJECT, offsetof(Run, id), 0, NULL},
     {"facts", T_OBJECT, offsetof(Run, facts), 0, NULL},
+    {"request", T_OBJECT, offsetof(Run, request), 0, NULL},
     {"began", T_LONGLONG, offsetof(Run, began), 0, NULL},
     {"clock", T_LONGLONG, offsetof(Run, clock), 0, NULL},
     {"is_eager", T_BOOL, offsetof(Run, is_eager), 0, NULL},
@@ -1178,7 +1180,7 @@ static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_
         PyErr_SetString(PyExc_TypeError, "expected influx, task_id, name, a dict");
         return NULL;
     }
-    PyObject *marks = args[3], *run = NULL;
+    PyObject *marks = args[3];
     long long now = clock_ns(CLOCK_REALTIME);
     long long last = published(PyDict_GetItemWithError(marks, name[HEADER_NAME]));
     PyObject *delivery = PyDict_GetItemWithError(marks, name[DELIVERY_INFO]);
@@ -1195,10 +1197,8 @@ static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_
     if (facts == NULL)
         return NULL;
     PyObject *given[] = {args[0], args[1], facts};
-    run = (PyObject *)make_run(state->run, given, now);
+    PyObject *run = (PyObject *)make_run(state->run, given, now);
     Py_DECREF(facts);
-    if (run != NULL && PyDict_SetItem(marks, name[OUR_RUN], run))
-        Py_CLEAR(run);
     return run;
 rare:
     if (PyErr_Occurred())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import billiard
@@ -48,8 +49,8 @@ class InfluxStep(bootsteps.StartStopStep):
             return
         self.influx.start()
         if self.influx.watches_runs or self.influx.is_green:
-            verdicts.watch(parent.app)
-        _watch_decoding(parent.consumer)
+            _watch_tasks(parent.consumer)
+        _watch_messages(parent.consumer)
         logger.info("celery_influx: %s", "; ".join(map(self._line, self.influx)))
         for database in self.influx:
             probe = threading.Thread(
@@ -97,23 +98,53 @@ def _on_worker_shutdown(sender: Any = None, **_: Any) -> None:
 
 
 def _close(influx: Influx) -> None:
-    # Greenlets may still run, until the process exits; all is sent then, and once.
-    if not influx.is_green:
+    if influx.is_green:
+        # Greenlets may still run, until the process exits; all is sent then, and once.
+        our_signals.exit_first()
+    else:
         influx.close()
 
 
-def _watch_decoding(consumer: Any) -> None:
-    """Celery has no signal for a message that cannot be decoded: only this method of its own."""
-    handle = consumer.on_decode_error
+# Methods of Celery's own consumer, for which it has no signals, or none that comes for sure. They
+# are laid over in this worker's consumer alone.
 
-    def on_decode_error(message: Any, exc: Exception) -> None:
-        handle(message, exc)
+
+def _watch_tasks(consumer: Any) -> None:
+    """Watch the tasks there are, whenever Celery looks for new ones: at each start, and later."""
+    update = consumer.update_strategies
+
+    def update_strategies() -> None:
+        verdicts.watch(consumer.app)
+        update()
+
+    consumer.update_strategies = update_strategies
+
+
+def _watch_messages(consumer: Any) -> None:
+    """Tell of messages of which no task can be made."""
+    for name, tell in (
+        ("on_decode_error", our_signals.on_refused),
+        ("on_unknown_task", our_signals.on_unknown),
+    ):
+        setattr(consumer, name, _telling(consumer, getattr(consumer, name), tell))
+
+
+def _telling(
+    consumer: Any, handle: Callable[..., None], tell: Callable[[Any, Any, Exception], None]
+) -> Callable[..., None]:
+    def handle_and_tell(*args: Any) -> None:
+        *_, message, error = args
         try:
-            our_signals.on_refused(consumer, message, exc)
-        except Exception:  # Celery guards itself against signals' receivers, but not against this
-            logger.exception("celery_influx: a message that was refused has no point")
+            handle(*args)
+        finally:
+            # Else it will come again. Where a result backend is down, it will not.
+            if message.acknowledged:
+                try:
+                    tell(consumer, message, error)
+                except Exception:  # Celery guards itself against signals' receivers, not against us
+                    logger.exception("celery_influx: a message that was refused has no point")
 
-    consumer.on_decode_error = on_decode_error
+    return handle_and_tell
 
 
 def _probe(database: Database) -> None:

@@ -68,7 +68,7 @@ def install(app: Celery) -> Influx:
     app.fixups = {*app.fixups, f"{__name__}:{install.__name__}"}  # type: ignore[attr-defined]
     if not _installed:
         os.register_at_fork(after_in_child=_after_fork)
-        atexit.register(_at_exit)
+        atexit.register(at_exit)
         signals.connect()
         if is_green():
             import_module("requests")  # later it would stop the hub for as long
@@ -548,6 +548,7 @@ def _after_fork() -> None:
         influx.after_fork()
 
 
-def _at_exit() -> None:
+def at_exit() -> None:
+    """Send what waits."""
     for influx in _installed:
         influx.close(influx.time_to_exit())

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
@@ -27,7 +28,7 @@ from celery.exceptions import (
     TimeLimitExceeded,
 )
 
-from celery_influx import tasks
+from celery_influx import plugin, tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, find, installed
 from celery_influx.runs import LOST
@@ -50,8 +51,8 @@ def connect() -> None:
         (signals.before_task_publish, _on_publish),
         (signals.task_postrun, _on_end),
         (signals.task_revoked, _on_revoked),
-        (signals.task_unknown, _on_unknown),
         (signals.task_rejected, _on_rejected),
+        (signals.task_internal_error, _on_internal_error),
         (signals.import_modules, _on_child_start),
         (signals.worker_process_shutdown, _on_child_end),
     ):
@@ -120,9 +121,14 @@ def recorder(task: object) -> Influx | None:
     return influx if influx and influx.records_tasks else None
 
 
+#: Runs under way, by the identity of their requests: these are the tasks' own, to copy, to pickle
+#: or to dump. A run keeps its request alive, and so keeps others from having that identity.
+_runs: dict[int, Run] = {}
 #: The last message's run that began here, until it has ended; for a process that has one thread
 #: for tasks.
 _unended: Run | None = None
+#: Ids of the tasks whose runs ended last.
+_ended: deque[str] = deque(maxlen=100)
 #: Names of tasks of which nobody told us that a run starts.
 _unheard: set[str] = set()
 
@@ -134,13 +140,14 @@ def _begin(task_id: str, task: Task[Any, Any]) -> None:
     if influx is None:
         return
     request = task.request_stack.top or task.request
-    marks = request.__dict__
-    run = marks.get("influx_run")
+    run = _runs.get(id(request))
     if run is None:
         if not influx.options.task_ids:
-            run = ordinary_run(influx, task_id, task.name, marks)
+            run = ordinary_run(influx, task_id, task.name, request.__dict__)
         if run is None:
             run = _run_of(influx, task, task_id, request)
+        else:
+            _keep(run, request)
     elif run.clock:
         return
     if not run.is_eager:
@@ -162,7 +169,7 @@ def _run_of(influx: Influx, task: Task[Any, Any], task_id: str, request: Context
     facts = facts_of(influx, task.name, request, request.retries, wait, age)
     run = make_run(influx, task_id, facts, now)
     run.is_eager = bool(request.is_eager)
-    request.__dict__["influx_run"] = run
+    _keep(run, request)
     if clamped:
         influx.count(CLAMPED)
     return run
@@ -172,8 +179,13 @@ def _unrecorded(task_id: str, request: Context) -> Run:
     """A run that has no point."""
     run = make_run(None, task_id, (("", "", None), 0, None, None, None), 0)
     run.is_eager = run.over = True
-    request.__dict__["influx_run"] = run
+    _keep(run, request)
     return run
+
+
+def _keep(run: Run, request: Context) -> None:
+    run.request = request
+    _runs[id(request)] = run
 
 
 def _begin_unheard(task_id: str, task: Task[Any, Any], **_: Any) -> None:
@@ -190,25 +202,29 @@ def _on_end(
 ) -> None:
     global _unended  # noqa: PLW0603
     request = task.request_stack.top or task.request
-    marks = request.__dict__
-    run = marks.get("influx_run")
+    run = _runs.get(id(request))
     if run is None:
         if recorder(task) is None:
             return
         _begin(task_id, task)
-        run = marks["influx_run"]
+        run = _runs[id(request)]
         run.clock = 0  # nobody knows when
         if state is not None:  # where there is none, a soft time limit may have come before
             _unheard.add(task.name)
             signals.task_prerun.connect(
                 _begin_unheard, weak=False, dispatch_uid="celery_influx._begin_unheard"
             )
+    cut_short = False
     try:
         if not run.over:
             _end(run, state, retval)
+    except Exception:
+        cut_short = not run.over  # `_on_end_again` may get through with it
+        raise
     finally:
-        if run.over:
-            marks.pop("influx_run", None)
+        if not cut_short:
+            _runs.pop(id(request), None)
+            _ended.append(task_id)
             if run is _unended:
                 _unended = None
 
@@ -259,7 +275,7 @@ def guard() -> None:
 
 def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
     # It is not, in the midst of a run, after one that was run in place.
-    if _unended and "influx_run" in task.request.__dict__:
+    if _unended and id(task.request) in _runs:
         _on_end(task, **named)
 
 
@@ -326,6 +342,16 @@ def killing(task_id: str, state: str, exception: str | None) -> Iterator[None]:
             each.judge(verdict)
 
 
+def exit_first() -> None:
+    """Have what is to be done at exit done before all that was registered meanwhile.
+
+    For a restart by SIGHUP Celery has the process become another one then.
+    """
+    for last in (plugin.at_exit, _on_exit):
+        atexit.unregister(last)
+        atexit.register(last)
+
+
 def _on_exit() -> None:
     """What still runs in a worker's greenlets ends with its process."""
     if not _greenlets:
@@ -363,8 +389,22 @@ def _on_revoked(
         _write_unstarted(influx, sender.name, request, "REVOKED", None, request.retries)
 
 
-def _on_unknown(sender: Any = None, message: Any = None, name: str = "", **sent: Any) -> None:
-    on_refused(sender, message, NotRegistered(name), name, sent.get("id"))
+def _on_internal_error(
+    sender: Any, task_id: str, request: dict[str, Any], exception: Exception, **_: Any
+) -> None:
+    """Celery failed at a task: before its run began, or when that has its point already."""
+    influx = recorder(sender)
+    if influx and task_id not in _ended and not request.get("is_eager"):
+        context = Context(request)
+        _write_unstarted(influx, sender.name, context, "FAILURE", exception, context.retries)
+
+
+def on_unknown(consumer: Any, message: Any, _: Exception) -> None:
+    """A worker's ``consumer`` has no such task."""
+    headers = message.headers or {}
+    about = headers if "task" in headers else message.payload  # protocol 1
+    name = about["task"]
+    on_refused(consumer, message, NotRegistered(name), name, about["id"])
 
 
 def _on_rejected(sender: Any = None, message: Any = None, exc: Any = None, **_: Any) -> None:

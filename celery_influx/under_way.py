@@ -11,7 +11,7 @@ from celery_influx.task_points import Facts
 
 
 class Run:
-    """A run under way, kept with its request.
+    """A run under way.
 
     Attributes:
         influx: Whose it is.
@@ -21,9 +21,20 @@ class Run:
         clock: ns of the clock when its body started; 0: it has not, or nobody knows when.
         is_eager: It is no message's: it runs where it was called.
         over: Its point is written, or it has none.
+        request: Celery's, of the task.
     """
 
-    __slots__ = ("_cpu_clock", "began", "clock", "facts", "id", "influx", "is_eager", "over")
+    __slots__ = (
+        "_cpu_clock",
+        "began",
+        "clock",
+        "facts",
+        "id",
+        "influx",
+        "is_eager",
+        "over",
+        "request",
+    )
 
     def __init__(self, influx: Any, task_id: str, facts: Facts, began: int) -> None:
         self.influx = influx
@@ -32,6 +43,7 @@ class Run:
         self.began = began
         self.clock = self._cpu_clock = 0
         self.is_eager = self.over = False
+        self.request: Any = None
 
     def start(self) -> None:
         """Its body starts now."""
@@ -47,8 +59,8 @@ class Run:
 
 #: As quick as can be here. Both are held to the same tests.
 make_run: type[Run] = extension.Run if extension else Run
-#: The run of an ordinary message, kept in its request; ``None`` of any other, and without the
-#: extension of all. Of influx, the task's id and name, and the request's dict.
+#: The run of an ordinary message; ``None`` of any other, and without the extension of all. Of
+#: influx, the task's id and name, and the request's dict.
 ordinary_run: Callable[[Any, str, str, dict[str, Any]], Run | None] = (
     extension.ordinary_run if extension else lambda *_: None
 )

@@ -28,7 +28,7 @@ from celery.app.defaults import NAMESPACES
 import celery_influx
 from celery_influx.listener import Listener
 from tests.integration.worker import Worker, alive, environment, publisher, skip_without
-from tests.servers import Influxd, wait_for
+from tests.servers import Influxd, free_port, wait_for
 
 POOLS = ["prefork", "threads", "solo"]
 GREEN = ["gevent", "eventlet"]
@@ -232,7 +232,8 @@ def test_a_worker_that_is_told_to_end_sends_all_that_was_accepted(
     said = [each if each in (OWN_END, UNASKED) else KILLED for each in scene.said()]
     assert Counter(ends) == Counter(said + [KILLED] * (len(ends) - len(said)))
     if pool == "prefork" and KILLED in ends:
-        assert {run["state"] for run in runs} == {"RETRY"}
+        # Celery says that it tries them again; but their messages are acknowledged.
+        assert {run["state"] for run in runs} == {"FAILURE"}
     assert took < 10
     assert "lines could not be sent" not in log
 
@@ -286,6 +287,44 @@ def test_a_black_hole_delays_the_end_by_the_shutdown_timeout_and_its_last_line_c
     accepted, starts = len(scene.accepted()), len(scene.starts())
     # The tasks' own points are among them, and so is one that a task did not come to note.
     assert accepted + starts <= int(said[0]) <= accepted + 2 * starts
+
+
+@pytest.mark.parametrize("kind", ["nobody listens", "black hole"])
+def test_what_fails_while_a_worker_ends_is_counted_in_its_last_line(
+    kind: str, scene: Scene, black_hole: int
+) -> None:
+    port = black_hole if kind == "black hole" else free_port()
+    url = f"http://127.0.0.1:{port}/x?flush_interval=60&http_timeout=0.4"
+
+    with scene.worker("prefork", url) as worker:
+        scene.stream("prefork", 0.5)
+        _, took = end(worker, "warm")
+        log = worker.log()
+
+    accepted, starts = len(scene.accepted()), len(scene.starts())
+    assert accepted > 50
+    *_, last = (line for line in log.splitlines() if "main: " in line)
+    said = re.search(r"main: ([0-9]+) lines could not be sent within 5.0 s at the end: (.*)", last)
+    assert said
+    assert int(said[1]) == accepted + starts
+    assert said[2] == f"{said[1]} in attempts that failed"
+    assert took < 5
+
+
+@pytest.mark.parametrize(
+    "pool", ["gevent", pytest.param("eventlet", marks=pytest.mark.long), "prefork"]
+)
+def test_a_worker_that_is_restarted_by_sighup_sends_all_before(pool: str, scene: Scene) -> None:
+    """Celery's own hook at exit makes the process another one."""
+    with scene.worker(pool, f"{scene.url}?flush_interval=60") as worker:
+        scene.stream(pool, 1.0)
+        if pool in GREEN:
+            scene.hush()  # as above
+        os.kill(worker.pid(), signal.SIGHUP)
+        wait_for(lambda: len(scene.runs()) == len(scene.starts()), 30, worker.log())
+        accepted = scene.accepted()
+        assert set(scene.stored(len(accepted))) == accepted
+        worker.stop(signal.SIGKILL)
 
 
 def test_a_killed_child_loses_no_point_that_was_accepted(scene: Scene) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -46,6 +49,11 @@ def _end(task: Task, how: str, number: int) -> Any:
         raise Reject("not for me", requeue=False)
     if how == "requeue" and number == 1:
         raise Reject("later", requeue=True)
+    if how == "copy":
+        request = task.request
+        copy.deepcopy(request)
+        pickle.dumps(request)
+        json.dumps(vars(request))
     if how == "cancel":
         raise asyncio.CancelledError
     if how == "no memory":
