@@ -33,7 +33,7 @@ CELERY_TASK = Measurement(
     "celery_task",
     "at the end of every run of a task",
     (
-        Column("task", "tag", "", "the task's name"),
+        Column("task", "tag", "", "the task's name; (unreadable) of a message that names none"),
         Column("queue", "tag", "", "the queue it came from"),
         Column("worker", "tag", "", "the worker's node name"),
         Column("host", "tag", "", "the machine's host name"),
@@ -58,7 +58,13 @@ CELERY_TASK = Measurement(
             "left out where the publisher has no plugin",
         ),
         Column("age", "float", "s", "since the first publish; only where retries > 0"),
-        Column("cpu", "float", "s", "processor time of the run's thread; left out under gevent"),
+        Column(
+            "cpu",
+            "float",
+            "s",
+            "processor time of the run's thread; left out under gevent and eventlet, and where the "
+            "run was killed",
+        ),
         Column("retries", "int", "", "how often it was retried before this run"),
         Column("id", "str", "", "the task's id; only with `influx_task_ids`, as the next two"),
         Column("root_id", "str", "", "id of the first task of its workflow"),

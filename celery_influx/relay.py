@@ -126,11 +126,13 @@ class Relay:
         self._synced = 0
         self._read_all = threading.Condition()
         self._reader: threading.Thread | None = None
+        self._was_started = False
 
     # -- in the worker ---------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the reader's thread."""
+        self._was_started = True
         self._reader = threading.Thread(target=self._read, name="celery_influx relay", daemon=True)
         self._reader.start()
 
@@ -159,6 +161,8 @@ class Relay:
         To be called when no child is left; one that is gets EPIPE from then on.
         """
         if self._reader is None:
+            if not self._was_started:  # a step before ours failed: the worker never ran
+                self.leave()
             return True
         deadline = time.monotonic() + timeout
         done = self.sync(timeout)

@@ -179,12 +179,15 @@ class Runs:
             # What is killed on purpose has had its time by now, however long it takes to die.
             run.stopped = min(run.died or at, at)
             self._judge(run, state, exception)
-        elif name not in self._over and (pid not in self._living or self._living[pid].ended):
+        elif name not in self._over:
             # This is the only word of the task: its body never starts, or its start comes yet.
-            if pid:
-                self._early[name] = _Verdict(at, state, exception, facts)
-            else:
+            other = self._living.get(pid)
+            if not pid:
                 self._point(facts, state, exception, None)
+                return
+            self._early[name] = _Verdict(at, state, exception, facts)
+            if other and not other.ended:  # the child has gone on
+                self._pass_over(pid)
 
     def _find(self, name: _Name) -> _Run | None:
         pid = name[0]

@@ -72,13 +72,17 @@ class _Watched(_Base):  # type: ignore[misc]
             self._judge("REVOKED", None)
 
     def cancel(self, pool: Any, *args: Any, **kwargs: Any) -> None:
-        """The worker ends, or lost its broker: the child is killed, and the message goes back."""
-        # Where Celery leaves that to the broker, it acknowledges what was killed in a greenlet.
-        state = "RETRY" if kwargs.get("emit_retry", True) else "FAILURE"
-        with killing(self.id, state, LOST):
+        """The worker ends, or lost its broker: the child is killed.
+
+        Celery calls it a retry, also where nobody gives the task out again.
+        """
+        goes_back = not self.acknowledged
+        # If the broker is to do that, Celery acknowledges what it killed in a greenlet.
+        green_goes_back = goes_back and kwargs.get("emit_retry", True)
+        with killing(self.id, "RETRY" if green_goes_back else "FAILURE", LOST):
             super().cancel(pool, *args, **kwargs)
         if self.time_start:
-            self._judge("RETRY", LOST)
+            self._judge("RETRY" if goes_back else "FAILURE", LOST)
 
     def reject(self, requeue: bool = False) -> None:
         """The message is refused."""

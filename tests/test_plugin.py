@@ -14,6 +14,7 @@ import threading
 import time
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -522,6 +523,17 @@ def test_a_queue_is_found_by_exchange_and_routing_key(
     for _ in range(2):
         name = influx.queue_name({"exchange": exchange, "routing_key": key})
         assert name == queue
+
+
+def test_workers_that_are_made_and_never_started_leave_no_pipe_open(receiver: Receiver) -> None:
+    influx = celery_influx.install(make_app(influx_databases={"main": receiver.url}))
+    before = sorted(each.name for each in Path("/proc/self/fd").iterdir())
+
+    for _ in range(3):
+        influx.start_worker("worker@host", "prefork")
+    influx.close()
+
+    assert sorted(each.name for each in Path("/proc/self/fd").iterdir()) == before
 
 
 def test_points_sent_before_the_worker_starts_stay_in_its_account(receiver: Receiver) -> None:

@@ -310,6 +310,20 @@ def test_a_verdict_on_a_task_that_never_started_is_its_only_point(scene: Scene) 
     assert scene.runtimes == [None]
 
 
+def test_a_verdict_on_a_task_that_never_started_in_a_child_that_has_gone_on_is_its_only_point(
+    scene: Scene,
+) -> None:
+    scene.start(1, "b")
+    for _ in range(2):
+        scene.judge(1, "a", "FAILURE", "NotRegistered")
+    assert scene.points == [("FAILURE", "NotRegistered", "a")]
+    scene.end(1)
+    scene.die(1)
+    scene.runs.close()
+
+    assert scene.points == [("FAILURE", "NotRegistered", "a")]
+
+
 def test_a_verdict_that_is_given_twice_on_a_task_that_never_started_is_one_point(
     scene: Scene,
 ) -> None:
