@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -471,6 +472,8 @@ def test_embedded_beat_under_load_writes_no_byte_of_ours_to_the_broker(
     assert influxd.count("custom", "work") == 1_000
     assert influxd.count("custom", "tick") == count(store, "ticks")
     assert influxd.count("custom", "early") == 1
+    runs = Counter(row["task"] for row in influxd.rows("celery_task"))
+    assert runs == {"beating.work": 1_000, "beating.tick": count(store, "ticks")}
 
 
 def script(config: dict[str, object], *arguments: str) -> tuple[int, float, str]:
