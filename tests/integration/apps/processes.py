@@ -58,6 +58,11 @@ def _run_children(method: str) -> list[int | None]:
         each.start()
     for each in children:
         each.join()
+        # At each start multiprocessing looks after all children: another task's thread may have
+        # been told of this one's end, and is about to note it.
+        until = time.monotonic() + 5
+        while each.exitcode is None and time.monotonic() < until:
+            time.sleep(0.001)
     return [each.exitcode for each in children]
 
 
