@@ -67,8 +67,11 @@ class InfluxStep(bootsteps.StartStopStep):
         """Nothing: tasks still run. ``worker_shutdown`` comes when the last one has ended."""
 
     def terminate(self, parent: Any) -> None:
-        """A cold shutdown: the children are gone, and ``worker_shutdown`` does not come."""
-        _close(self.influx)
+        """A cold shutdown: ``worker_shutdown`` does not come, and before Celery 5.5 runs still end.
+
+        So all is sent when the process exits.
+        """
+        our_signals.exit_first()
 
     def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override]
         """For ``celery inspect stats``."""

@@ -122,10 +122,11 @@ def revoked_while_running(
         bench.sender.control.revoke(
             task_id, terminate=True, signal=name, destination=[bench.worker.name]
         )
-        if name in NO_FINALLY:
+        if name in NO_FINALLY:  # at least not with every billiard
             pid = bench.pid(task_id)
             wait_for(lambda: not alive(pid), 20, f"the end of {task_id}")
-            bench.note_end(task_id)
+            if not bench.store.llen(f"ended {task_id}"):
+                bench.note_end(task_id)
         return task_id
 
     return make
@@ -565,7 +566,7 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
     assert states(bench.points(task_id)) == expected
     # Celery 5.5 and newer acknowledge what they kill in a greenlet.
     green = not bench.worker.name.startswith("prefork")
-    # Celery 5.4 may see the child die, and fail the task.
+    # Celery before 5.5 sees the child die, most often, and fails the task.
     if HAS_SOFT_SHUTDOWN or green or task == "run":
         assert again == (task == "late" and not (green and HAS_SOFT_SHUTDOWN))
 
