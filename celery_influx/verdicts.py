@@ -48,6 +48,10 @@ class _Watched(_Base):  # type: ignore[misc]
         told = told or self._already_cancelled or self._already_revoked
         try:
             return super().on_failure(exc_info, *args, **kwargs)
+        except BaseException:
+            # As in a worker that has left its broker, which then gives the message out again.
+            self._goes_back = self._goes_back or not self.acknowledged
+            raise
         finally:
             if not told:
                 error = exc_info.exception

@@ -434,6 +434,19 @@ def test_a_run_of_which_celery_says_nothing_is_lost_after_a_while(scene: Scene) 
     assert scene.runs.wait is None
 
 
+@pytest.mark.parametrize(("goes_back", "state"), [(True, "RETRY"), (False, "FAILURE")])
+def test_at_the_workers_end_what_is_dead_without_a_verdict_may_go_back_as_well(
+    scene: Scene, goes_back: bool, state: str
+) -> None:
+    scene.start(1, "a", goes_back=goes_back)
+    scene.die(1)
+    assert scene.points == []
+
+    scene.runs.close()
+
+    assert scene.points == [(state, LOST, "a")]
+
+
 def test_at_the_workers_end_what_still_runs_is_lost_or_goes_back_to_its_queue(scene: Scene) -> None:
     scene.start(1, "a")
     scene.start(2, "b", goes_back=True)

@@ -561,14 +561,19 @@ def test_a_cold_shutdown_ends_a_run_with_one_point(bench: Bench, task: str) -> N
 
     (point,) = bench.points(task_id)
     assert 0.4 < point["runtime"] < 5
+    failed = bench.sender.AsyncResult(task_id).state == "FAILURE"
     again = starts_again(bench, task_id)
-    expected = [("RETRY", LOST), OK] if again else [("FAILURE", LOST)]
-    assert states(bench.points(task_id)) == expected
-    # Celery 5.5 and newer acknowledge what they kill in a greenlet.
     green = not bench.worker.name.startswith("prefork")
-    # Celery before 5.5 sees the child die, most often, and fails the task.
     if HAS_SOFT_SHUTDOWN or green or task == "run":
+        # Celery 5.5 and newer acknowledge what they kill in a greenlet.
         assert again == (task == "late" and not (green and HAS_SOFT_SHUTDOWN))
+        state = "RETRY" if again else "FAILURE"
+    else:
+        # Before, Celery sees the child die if it comes to it, and fails the task; but it may have
+        # left the broker by then, which gives the task out again all the same.
+        assert again or failed
+        state = "FAILURE" if failed else "RETRY"
+    assert states(bench.points(task_id)) == [(state, LOST), *([OK] if again else [])]
 
 
 @pytest.mark.alone
