@@ -96,15 +96,10 @@ def _pool(worker: Any) -> str:
 @signals.worker_shutdown.connect(weak=False, dispatch_uid="celery_influx.shutdown")
 def _on_worker_shutdown(sender: Any = None, **_: Any) -> None:
     influx = find(getattr(sender, "app", None))
-    if influx:
-        _close(influx)
-
-
-def _close(influx: Influx) -> None:
-    if influx.is_green:
+    if influx and influx.is_green:
         # Greenlets may still run, until the process exits; all is sent then, and once.
         our_signals.exit_first()
-    else:
+    elif influx:
         influx.close()
 
 

@@ -179,13 +179,12 @@ class Runs:
             # What is killed on purpose has had its time by now, however long it takes to die.
             run.stopped = min(run.died or at, at)
             self._judge(run, state, exception)
+        elif not pid:
+            self._point(facts, state, exception, None)  # no child has had it
         elif name not in self._over:
             # This is the only word of the task: its body never starts, or its start comes yet.
-            other = self._living.get(pid)
-            if not pid:
-                self._point(facts, state, exception, None)
-                return
             self._early[name] = _Verdict(at, state, exception, facts)
+            other = self._living.get(pid)
             if other and not other.ended:  # the child has gone on
                 self._pass_over(pid)
 

@@ -28,9 +28,9 @@ from celery.exceptions import (
     TimeLimitExceeded,
 )
 
-from celery_influx import plugin, tasks
+from celery_influx import tasks
 from celery_influx.counters import CLAMPED
-from celery_influx.plugin import Influx, find, installed
+from celery_influx.plugin import Influx, at_exit, find, installed
 from celery_influx.runs import LOST
 from celery_influx.task_points import Facts
 from celery_influx.under_way import Run, make_run, ordinary_run
@@ -347,7 +347,7 @@ def exit_first() -> None:
 
     For a restart by SIGHUP Celery has the process become another one then.
     """
-    for last in (plugin.at_exit, _on_exit):
+    for last in (at_exit, _on_exit):
         atexit.unregister(last)
         atexit.register(last)
 

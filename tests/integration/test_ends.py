@@ -289,6 +289,7 @@ def test_a_black_hole_delays_the_end_by_the_shutdown_timeout_and_its_last_line_c
     assert accepted + starts <= int(said[0]) <= accepted + 2 * starts
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["nobody listens", "black hole"])
 def test_what_fails_while_a_worker_ends_is_counted_in_its_last_line(
     kind: str, scene: Scene, black_hole: int
