@@ -28,8 +28,6 @@ from celery_influx import signals as ours
 from tests.python_only import python_only
 
 HOST = "celery@benchmark"
-#: What the plugin connects for all apps; at a run's start the app's own loader tells it.
-RECEIVER = (signals.task_postrun, ours._on_end)
 
 
 def run(rounds: int = 40, size: int = 2_000) -> None:
@@ -99,12 +97,13 @@ def _connect(*pairs: tuple[Any, Callable[..., None]]) -> Iterator[None]:
 
 
 def _connected() -> Any:
-    return _connect(RECEIVER)
+    # What the plugin connects for all apps; at a run's start the app's own loader tells it.
+    return _connect((signals.task_postrun, ours.on_task_end))
 
 
 @contextmanager
 def _connected_python() -> Iterator[None]:
-    with python_only(), _connect(RECEIVER):
+    with python_only(), _connect((signals.task_postrun, ours._on_end)):
         yield
 
 

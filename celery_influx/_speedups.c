@@ -1,8 +1,8 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
 stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them, or writes to
 relay.py's pipe in a pool child; reading lines back from there; and of a task's run
-under_way.py's Run, signals.py's `_run_of` where it is an ordinary one, and task_points.py's
-`run_line`.
+under_way.py's Run, task_points.py's `run_line`, and of an ordinary one signals.py's `_begin` and
+`_on_end`, with what plugin.py and relay.py do for them.
 
 Whatever is out of the ordinary, and every error, is left to the Python it stands in for: so there
 is one rule, and this file holds none that Python does not. What must hold here, too:
@@ -22,6 +22,7 @@ is one rule, and this file holds none that Python does not. What must hold here,
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <marshal.h>
 #include <structmember.h>
 #include <signal.h>
 #include <stddef.h>
@@ -35,7 +36,8 @@ is one rule, and this file holds none that Python does not. What must hold here,
 #define MIN_TIME (-9223372036854775806LL)
 #define MAX_TIME 9223372036854775806LL
 
-/* What a task's request has, and we leave in it. */
+/* What is looked up: in a task's request, in its task and in what Celery keeps of it, in our own
+objects, and in what Celery says of a run's end. */
 enum {
     HEADER_NAME,
     ETA,
@@ -45,11 +47,32 @@ enum {
     DELIVERY_INFO,
     EXCHANGE,
     ROUTING_KEY,
+    INFLUX,
+    ACKS_LATE,
+    REQUEST_STACK,
+    LOCAL,
+    STORAGE,
+    IDENT,
+    STACK,
+    DICT,
+    QUICK,
+    ACCEPT,
+    HEADS,
+    OWED,
+    IMPATIENT,
+    CALLED,
+    TASK,
+    TASK_ID,
+    RUN_STATE,
+    SUCCESS,
     NAMES
 };
 static const char *const names[NAMES] = {
-    "celery_influx", "eta",      "retries",     "is_eager",   "hostname",
-    "delivery_info", "exchange", "routing_key",
+    "celery_influx", "eta",      "retries",       "is_eager",    "hostname",
+    "delivery_info", "exchange", "routing_key",   "influx",      "acks_late",
+    "request_stack", "_local",   "__storage__",   "__ident_func__", "stack",
+    "__dict__",      "quick",    "_accept",       "heads",       "_owed",
+    "_impatient",    "name",     "task",          "task_id",     "state", "SUCCESS",
 };
 
 /* This module's, in this interpreter. */
@@ -844,20 +867,25 @@ static PyType_Spec buffer_spec = {
 /* As in relay.py, which says more. */
 #define HEADER 4
 #define LONGEST_FRAME 4096
-enum { LINE_FRAME = 0 };
+enum { LINE_FRAME = 0, START_FRAME = 2, END_FRAME = 3 };
 
-/* Whether it was written, by one call, and so whole. The pipe never makes its writers wait. */
-static int write_frame(int pipe, int database, const char *text, Py_ssize_t length)
+/* Whether it was written, by one call, and so whole. The pipe never makes its writers wait. `head`:
+the beginning of the body. */
+static int write_frame(
+    int pipe, int kind, int database, const void *head, Py_ssize_t head_length, const char *text,
+    Py_ssize_t length)
 {
     char frame[LONGEST_FRAME];
-    if (length > LONGEST_FRAME - HEADER)
+    Py_ssize_t body = head_length + length;
+    if (body > LONGEST_FRAME - HEADER)
         return 0;
-    frame[0] = (char)(length & 255);
-    frame[1] = (char)(length >> 8);
-    frame[2] = LINE_FRAME;
+    frame[0] = (char)(body & 255);
+    frame[1] = (char)(body >> 8);
+    frame[2] = (char)kind;
     frame[3] = (char)database;
-    memcpy(frame + HEADER, text, (size_t)length);
-    return write(pipe, frame, (size_t)length + HEADER) == length + HEADER;
+    memcpy(frame + HEADER, head, (size_t)head_length);
+    memcpy(frame + HEADER + head_length, text, (size_t)length);
+    return write(pipe, frame, (size_t)body + HEADER) == body + HEADER;
 }
 
 /* The bodies of those frames of lines that follow each other at a place and are of one database. */
@@ -917,13 +945,19 @@ static int survives(Sender *self)
     return lives;
 }
 
+static int write_line(const Sender *self, const Line *line)
+{
+    return write_frame(
+        self->pipe, LINE_FRAME, self->database, "", 0, line->text, line->length);
+}
+
 static PyObject *write_point(Sender *self, const Line *line)
 {
     *(uint64_t *)self->points.buf += 1;
     int lives = survives(self);
     if (lives < 0)
         return NULL;
-    if (lives && !self->refused && write_frame(self->pipe, self->database, line->text, line->length))
+    if (lives && !self->refused && write_line(self, line))
         Py_RETURN_NONE;
     PyObject *bytes = PyBytes_FromStringAndSize(line->text, line->length);
     PyObject *taken = bytes == NULL ? NULL : PyObject_CallOneArg(self->wake, bytes);
@@ -935,32 +969,11 @@ static PyObject *write_point(Sender *self, const Line *line)
     Py_RETURN_NONE;
 }
 
-static PyObject *send_point(PyObject *arg, PyObject *point)
+/* Takes over the reference. */
+static PyObject *buffer_line(Sender *self, PyObject *line)
 {
-    Sender *self = (Sender *)arg;
-    Encoder *encoder = (Encoder *)self->encoder;
     Buffer *buffer = (Buffer *)self->buffer;
-    Line line;
-    Py_ssize_t left_out = 0;
-    PyObject *way, *bytes = NULL;
-
-    line_begin(&line);
-    int came = put_all(encoder, &line, point, &left_out, &way);
-    if (came == DONE && !left_out) {
-        if (buffer == NULL) {
-            PyObject *none = write_point(self, &line);
-            line_end(&line);
-            return none;
-        }
-        bytes = PyBytes_FromStringAndSize(line.text, line.length);
-        came = bytes == NULL ? BROKEN : DONE;
-    }
-    line_end(&line);
-    if (came == BROKEN)
-        PyErr_Clear(); /* no memory: Python meets it again, and counts it */
-    if (bytes == NULL)
-        return PyObject_CallOneArg(self->send, point);
-    if (buffer_append(buffer, bytes))
+    if (buffer_append(buffer, line))
         return NULL;
     *(uint64_t *)self->points.buf += 1;
     Py_ssize_t dropped = buffer_limit(buffer);
@@ -973,6 +986,33 @@ static PyObject *send_point(PyObject *arg, PyObject *point)
     if (none == NULL)
         buffer->called = 0;
     return none;
+}
+
+static PyObject *send_point(PyObject *arg, PyObject *point)
+{
+    Sender *self = (Sender *)arg;
+    Encoder *encoder = (Encoder *)self->encoder;
+    Line line;
+    Py_ssize_t left_out = 0;
+    PyObject *way, *bytes = NULL;
+
+    line_begin(&line);
+    int came = put_all(encoder, &line, point, &left_out, &way);
+    if (came == DONE && !left_out) {
+        if (self->buffer == NULL) {
+            PyObject *none = write_point(self, &line);
+            line_end(&line);
+            return none;
+        }
+        bytes = PyBytes_FromStringAndSize(line.text, line.length);
+        came = bytes == NULL ? BROKEN : DONE;
+    }
+    line_end(&line);
+    if (came == BROKEN)
+        PyErr_Clear(); /* no memory: Python meets it again, and counts it */
+    if (bytes == NULL)
+        return PyObject_CallOneArg(self->send, point);
+    return buffer_line(self, bytes);
 }
 
 static int sender_traverse(Sender *self, visitproc visit, void *arg)
@@ -1171,64 +1211,104 @@ static int is_without(PyObject *dict, PyObject *name)
 }
 
 /* The run that signals.py's `_run_of` makes of an ordinary message: neither a retry nor an ETA, by
-the default exchange, and with our header. None of any other. */
-static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_t count)
+the default exchange, and with our header. RARE: of any other. */
+static int make_ordinary(
+    State *state, PyObject *influx, PyObject *id, PyObject *task, PyObject *marks, Run **run)
 {
-    State *state = PyModule_GetState(module);
     PyObject **name = state->names;
-    if (count != 4 || !PyDict_CheckExact(args[3])) {
-        PyErr_SetString(PyExc_TypeError, "expected influx, task_id, name, a dict");
-        return NULL;
-    }
-    PyObject *marks = args[3];
     long long now = clock_ns(CLOCK_REALTIME);
     long long last = published(PyDict_GetItemWithError(marks, name[HEADER_NAME]));
     PyObject *delivery = PyDict_GetItemWithError(marks, name[DELIVERY_INFO]);
     if (last < 0 || last > now || delivery == NULL || !PyDict_CheckExact(delivery) ||
         !is_without(marks, name[ETA]) || !is_without(marks, name[RETRIES]) ||
         !is_without(marks, name[IS_EAGER]) || !is_without(delivery, name[EXCHANGE]))
-        goto rare;
+        return PyErr_Occurred() ? BROKEN : RARE;
     PyObject *queue = text_of(delivery, name[ROUTING_KEY]);
     PyObject *worker = text_of(marks, name[HOSTNAME]);
     if (queue == NULL || queue == Py_None || worker == NULL)
-        goto rare;
+        return PyErr_Occurred() ? BROKEN : RARE;
     PyObject *facts =
-        Py_BuildValue("(OOO)iLOO", args[2], queue, worker, 0, now - last, Py_None, Py_None);
+        Py_BuildValue("(OOO)iLOO", task, queue, worker, 0, now - last, Py_None, Py_None);
     if (facts == NULL)
-        return NULL;
-    PyObject *given[] = {args[0], args[1], facts};
-    PyObject *run = (PyObject *)make_run(state->run, given, now);
+        return BROKEN;
+    PyObject *given[] = {influx, id, facts};
+    *run = make_run(state->run, given, now);
     Py_DECREF(facts);
-    return run;
-rare:
-    if (PyErr_Occurred())
+    return *run == NULL ? BROKEN : DONE;
+}
+
+static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 4 || !PyDict_CheckExact(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "expected influx, task_id, name, a dict");
         return NULL;
-    Py_RETURN_NONE;
+    }
+    Run *run = NULL;
+    int came = make_ordinary(PyModule_GetState(module), args[0], args[1], args[2], args[3], &run);
+    if (came == RARE)
+        Py_RETURN_NONE;
+    return (PyObject *)run;
 }
 
 /* -- the point of a run -------------------------------------------------------------------------- */
 
-/* A name and a time; nothing where it is None. */
-static int put_seconds(Line *line, const char *name, PyObject *ns)
+/* A name and a time in ns, as seconds. */
+static void put_seconds(Line *line, const char *name, long long ns)
 {
-    int overflow;
-    if (ns == Py_None)
-        return 0;
-    long long value = PyLong_Check(ns) ? PyLong_AsLongLongAndOverflow(ns, &overflow) : -1;
-    if (value < 0 || overflow) {
-        PyErr_SetString(PyExc_ValueError, "expected ns, as an int");
-        return -1;
-    }
     put_bytes(line, name, (Py_ssize_t)strlen(name));
-    put_integer(line, value / 1000000000);
+    put_integer(line, ns / 1000000000);
     put(line, '.');
-    value %= 1000000000;
+    ns %= 1000000000;
     for (int i = 8; i >= 0; i--) {
-        line->text[line->length + i] = (char)('0' + value % 10);
-        value /= 10;
+        line->text[line->length + i] = (char)('0' + ns % 10);
+        ns /= 10;
     }
     line->length += 9;
-    return 0;
+}
+
+/* ns of an int; -1 of None; -2 with an exception set. */
+static long long ns_of(PyObject *given)
+{
+    int overflow = 0;
+    if (given == Py_None)
+        return -1;
+    long long ns = PyLong_Check(given) ? PyLong_AsLongLongAndOverflow(given, &overflow) : -1;
+    if (ns >= 0 && !overflow)
+        return ns;
+    PyErr_SetString(PyExc_ValueError, "expected ns, as an int");
+    return -2;
+}
+
+/* The line of a run's point; `cpu` may be unknown, -1. */
+static int put_run(
+    Line *line, PyObject *head, PyObject *facts, long long runtime, long long cpu, long long now,
+    long long unit)
+{
+    Py_ssize_t length;
+    const char *text = PyUnicode_AsUTF8AndSize(head, &length);
+    if (text == NULL)
+        return BROKEN;
+    PyObject *const *fact = &PyTuple_GET_ITEM(facts, 0); /* series, retries, wait, age, ids */
+    long long retries = PyLong_AsLongLong(fact[1]);
+    if (retries == -1 && PyErr_Occurred())
+        return BROKEN;
+    long long wait = ns_of(fact[2]), age = ns_of(fact[3]);
+    if (wait < -1 || age < -1 || line_room(line, length + 8 * LONGEST_NUMBER) != DONE)
+        return BROKEN;
+    put_bytes(line, text, length);
+    put_seconds(line, "runtime=", runtime);
+    put_bytes(line, ",retries=", 9);
+    put_integer(line, retries);
+    put(line, 'i');
+    if (cpu >= 0)
+        put_seconds(line, ",cpu=", cpu);
+    if (wait >= 0)
+        put_seconds(line, ",wait=", wait);
+    if (age >= 0)
+        put_seconds(line, ",age=", age);
+    put(line, ' ');
+    put_integer(line, now / unit - (now % unit < 0));
+    return DONE;
 }
 
 /* task_points.py's run_line. */
@@ -1240,42 +1320,338 @@ static PyObject *run_line(PyObject *module, PyObject *const *args, Py_ssize_t co
         PyErr_SetString(PyExc_TypeError, "expected head, facts, runtime, cpu, stamps, unit");
         return NULL;
     }
-    PyObject *const *facts = &PyTuple_GET_ITEM(args[1], 0); /* series, retries, wait, age, ids */
-    long long retries = PyLong_AsLongLong(facts[1]), unit = PyLong_AsLongLong(args[5]), now;
-    if ((retries == -1 || unit == -1) && PyErr_Occurred())
+    long long runtime = ns_of(args[2]), cpu = ns_of(args[3]), now;
+    long long unit = PyLong_AsLongLong(args[5]);
+    if (unit == -1 && PyErr_Occurred())
         return NULL;
-    if (unit <= 0) {
-        PyErr_SetString(PyExc_ValueError, "expected a unit of at least 1 ns");
+    if (unit <= 0 || runtime == -1) {
+        PyErr_SetString(PyExc_ValueError, "expected a unit of at least 1 ns, and a runtime");
         return NULL;
     }
+    if (runtime < 0 || cpu < -1)
+        return NULL;
     if (Py_TYPE(args[4]) == state->stamps ? next_stamp((Stamps *)args[4], &now)
                                           : ask(args[4], &now))
         return NULL;
-    Py_ssize_t length;
-    const char *head = PyUnicode_AsUTF8AndSize(args[0], &length);
-    if (head == NULL)
-        return NULL;
-
     Line line;
     PyObject *result = NULL;
     line_begin(&line);
-    if (line_room(&line, length + 8 * LONGEST_NUMBER) == DONE) {
-        put_bytes(&line, head, length);
-        if (put_seconds(&line, "runtime=", args[2]))
-            goto done;
-        put_bytes(&line, ",retries=", 9);
-        put_integer(&line, retries);
-        put(&line, 'i');
-        if (put_seconds(&line, ",cpu=", args[3]) || put_seconds(&line, ",wait=", facts[2]) ||
-            put_seconds(&line, ",age=", facts[3]))
-            goto done;
-        put(&line, ' ');
-        put_integer(&line, now / unit - (now % unit < 0));
+    if (put_run(&line, args[0], args[1], runtime, cpu, now, unit) == DONE)
         result = PyBytes_FromStringAndSize(line.text, line.length);
+    line_end(&line);
+    return result;
+}
+
+/* -- a run's start and end ----------------------------------------------------------------------- */
+
+#if PY_VERSION_HEX < 0x030D0000
+#define PyObject_GetOptionalAttr _PyObject_LookupAttr
+#endif
+
+/* What signals.py binds the two functions to; no Python code but what is named here is called by
+them, so no signal's handler comes in the middle of what they do. */
+enum { MODULE, RUNS, SLOW, TASKS, OUR_INFLUX, GO_ON, PASSING, INIT_BOUND };
+enum { AGAIN = SLOW + 1, ENDED, END_BOUND };
+
+/* A new reference; NULL where there is none, or with an exception set where it raised one. */
+static PyObject *get(PyObject *object, PyObject *name)
+{
+    PyObject *found = NULL;
+    if (object != NULL)
+        PyObject_GetOptionalAttr(object, name, &found);
+    return found;
+}
+
+static PyObject *item(PyObject *dict, PyObject *key)
+{
+    int is_dict = dict != NULL && key != NULL && PyDict_CheckExact(dict);
+    return is_dict ? PyDict_GetItemWithError(dict, key) : NULL;
+}
+
+/* A task's `request_stack.top`, without the Python that takes; NULL where that stack is not as we
+know it. It is Celery's own, not public: so it is only looked at. */
+static PyObject *top_of(PyObject *const *name, PyObject *task)
+{
+    PyObject *stack = get(task, name[REQUEST_STACK]), *local = get(stack, name[LOCAL]);
+    PyObject *storage = get(local, name[STORAGE]), *who = get(local, name[IDENT]);
+    PyObject *ident = who != NULL && PyCFunction_Check(who) ? PyObject_CallNoArgs(who) : NULL;
+    PyObject *requests = item(item(storage, ident), name[STACK]), *top = NULL;
+    if (requests != NULL && PyList_CheckExact(requests) && PyList_GET_SIZE(requests) > 0)
+        top = Py_NewRef(PyList_GET_ITEM(requests, PyList_GET_SIZE(requests) - 1));
+    Py_XDECREF(stack);
+    Py_XDECREF(local);
+    Py_XDECREF(storage);
+    Py_XDECREF(who);
+    Py_XDECREF(ident);
+    return top;
+}
+
+/* What plugin.py's `Influx.quick` has: how the default database's lines go. */
+typedef struct {
+    PyObject *quick, *send;
+    PyObject *database, *relay; /* borrowed from quick */
+    Sender *sender;             /* from send; NULL: not by this module */
+} Way;
+
+static void find_way(State *state, PyObject *influx, Way *way)
+{
+    way->send = way->database = way->relay = NULL;
+    way->sender = NULL;
+    way->quick = get(influx, state->names[QUICK]);
+    if (way->quick == NULL || !PyTuple_CheckExact(way->quick) || PyTuple_GET_SIZE(way->quick) != 2)
+        return;
+    way->database = PyTuple_GET_ITEM(way->quick, 0);
+    way->relay = PyTuple_GET_ITEM(way->quick, 1);
+    way->send = get(way->database, state->names[ACCEPT]);
+    PyObject *bound =
+        way->send != NULL && PyCFunction_Check(way->send) ? PyCFunction_GET_SELF(way->send) : NULL;
+    if (bound != NULL && Py_TYPE(bound) == state->sender &&
+        (((Sender *)bound)->buffer == NULL) == (way->relay != Py_None))
+        way->sender = (Sender *)bound;
+}
+
+static void leave_way(Way *way)
+{
+    Py_XDECREF(way->quick);
+    Py_XDECREF(way->send);
+}
+
+/* Whether the relay would write a frame at once, and so may we. */
+static int is_open(PyObject *const *name, const Way *way)
+{
+    PyObject *owed = get(way->relay, name[OWED]), *impatient = get(way->relay, name[IMPATIENT]);
+    int open = owed != NULL && PyBytes_CheckExact(owed) && PyBytes_GET_SIZE(owed) == 0 &&
+               impatient == Py_False;
+    Py_XDECREF(owed);
+    Py_XDECREF(impatient);
+    return open && survives(way->sender) == 1;
+}
+
+/* relay.py's `put_start` of runs.py's `start_frame`; whether it was written. */
+static int write_start(PyObject *const *name, const Way *way, PyObject *task, const Run *run)
+{
+    PyObject *late = get(task, name[ACKS_LATE]);
+    int goes_back = late == NULL ? -1 : PyObject_IsTrue(late);
+    Py_XDECREF(late);
+    if (goes_back < 0 || !is_open(name, way))
+        return 0;
+    PyObject *start = Py_BuildValue(
+        "iOLOO", (int)getpid(), run->id, run->began, run->facts, goes_back ? Py_True : Py_False);
+    PyObject *body = start == NULL ? NULL : PyMarshal_WriteObjectToString(start, Py_MARSHAL_VERSION);
+    int written = body != NULL && write_frame(
+                                      way->sender->pipe, START_FRAME, 0, "", 0,
+                                      PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body));
+    Py_XDECREF(start);
+    Py_XDECREF(body);
+    return written;
+}
+
+/* signals.py's `_begin` of an ordinary run; whether it is begun, or nothing is done yet. */
+static int quick_begin(State *state, PyObject *const *bound, PyObject *id, PyObject *task)
+{
+    PyObject *const *name = state->names;
+    PyObject *influx = bound[OUR_INFLUX], *runs = bound[RUNS];
+    PyObject *number = PyLong_FromVoidPtr(task), *request = NULL, *marks = NULL, *called = NULL;
+    int known = item(bound[TASKS], number) == task, begun = 0;
+    Py_XDECREF(number);
+    PyObject *wanted = known ? get(task, name[INFLUX]) : Py_NewRef(Py_False);
+    Way way;
+    find_way(state, influx, &way);
+    Run *run = NULL;
+    number = NULL;
+    if (way.sender != NULL && wanted != Py_False && !PyErr_Occurred() &&
+        (request = top_of(name, task)) != NULL && (marks = get(request, name[DICT])) != NULL &&
+        PyDict_CheckExact(marks) && (called = get(task, name[CALLED])) != NULL &&
+        PyUnicode_CheckExact(called) && (number = PyLong_FromVoidPtr(request)) != NULL &&
+        item(runs, number) == NULL && !PyErr_Occurred() &&
+        make_ordinary(state, influx, id, called, marks, &run) == DONE) {
+        run->request = Py_NewRef(request);
+        if (PyDict_SetItem(runs, number, (PyObject *)run) == 0) {
+            begun = way.relay == Py_None || write_start(name, &way, task, run);
+            if (begun) {
+                Py_DECREF(run_start(run, NULL));
+            } else {
+                PyObject *kind, *value, *trace;
+                PyErr_Fetch(&kind, &value, &trace);
+                PyDict_DelItem(runs, number);
+                PyErr_Restore(kind, value, trace);
+            }
+        }
+    }
+    Py_XDECREF(run);
+    Py_XDECREF(number);
+    Py_XDECREF(called);
+    Py_XDECREF(marks);
+    Py_XDECREF(request);
+    Py_XDECREF(wanted);
+    leave_way(&way);
+    return begun;
+}
+
+/* A run starts: `task_id`, `task`. */
+static PyObject *on_task_init(PyObject *given, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *const *bound = &PyTuple_GET_ITEM(given, 0);
+    if (count == 2 && quick_begin(PyModule_GetState(bound[MODULE]), bound, args[0], args[1]))
+        return PyObject_Vectorcall(bound[GO_ON], args, (size_t)count, NULL);
+    PyObject *kind, *value, *trace;
+    PyErr_Fetch(&kind, &value, &trace);
+    PyObject *none = PyObject_Vectorcall(bound[SLOW], args, (size_t)count, NULL);
+    /* A user's own attribute may have raised it, or a signal's handler in there. */
+    if (none != NULL && kind != NULL &&
+        (PyErr_GivenExceptionMatches(kind, bound[PASSING]) ||
+         !PyErr_GivenExceptionMatches(kind, PyExc_Exception))) {
+        PyErr_Restore(kind, value, trace);
+        Py_DECREF(none);
+        return NULL;
+    }
+    Py_XDECREF(kind);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return none;
+}
+
+/* The line of a successful run's point, and its time, made unique; whether it has one. */
+static int put_success(State *state, const Way *way, const Run *run, Line *line)
+{
+    long long runtime = clock_ns(CLOCK_MONOTONIC) - run->clock;
+    long long cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID) - run->cpu_clock, now;
+    PyObject *facts = run->facts, *series = PyTuple_GET_ITEM(facts, 0);
+    PyObject *heads = get(way->database, state->names[HEADS]);
+    PyObject *which = PyTuple_Pack(3, series, state->names[SUCCESS], Py_None);
+    PyObject *head = item(heads, which);
+    Encoder *encoder = (Encoder *)way->sender->encoder;
+    int made = head != NULL && PyUnicode_CheckExact(head) && PyUnicode_GET_LENGTH(head) > 0 &&
+               PyTuple_GET_ITEM(facts, 4) == Py_None && runtime >= 0 && cpu >= 0 &&
+               next_stamp(encoder->stamps, &now) == 0 &&
+               put_run(line, head, facts, runtime, cpu, now, encoder->unit) == DONE;
+    Py_XDECREF(heads);
+    Py_XDECREF(which);
+    return made;
+}
+
+static void little_endian(char *to, uint64_t value, int bytes)
+{
+    for (; bytes--; value >>= 8)
+        *to++ = (char)(value & 255);
+}
+
+/* signals.py's `_on_end` of a run that succeeded; whether its point is written, or nothing is done
+yet. -1: it is written, and what was called then raised an exception. */
+static int quick_end(State *state, Run *run)
+{
+    Way way;
+    Line line;
+    int ended = 0;
+    find_way(state, run->influx, &way);
+    line_begin(&line);
+    if (way.sender == NULL || !put_success(state, &way, run, &line))
+        goto done;
+    if (way.relay == Py_None) {
+        PyObject *bytes = PyBytes_FromStringAndSize(line.text, line.length);
+        if (bytes == NULL)
+            goto done;
+        run->over = 1;
+        PyObject *none = buffer_line(way.sender, bytes);
+        ended = none == NULL ? -1 : 1;
+        Py_XDECREF(none);
+    } else if (is_open(state->names, &way)) {
+        char which[12];
+        little_endian(which, (uint64_t)getpid(), 4);
+        little_endian(which + 4, (uint64_t)run->began, 8);
+        ended = write_frame(
+            way.sender->pipe, END_FRAME, way.sender->database, which, sizeof which, line.text,
+            line.length);
+        if (ended) {
+            *(uint64_t *)way.sender->points.buf += 1;
+            run->over = 1;
+        }
     }
 done:
     line_end(&line);
-    return result;
+    leave_way(&way);
+    return ended;
+}
+
+/* A run has ended: what `task_postrun` says. */
+static PyObject *on_task_end(PyObject *given, PyObject *args, PyObject *said)
+{
+    PyObject *const *bound = &PyTuple_GET_ITEM(given, 0);
+    State *state = PyModule_GetState(bound[MODULE]);
+    PyObject *const *name = state->names;
+    PyObject *task = item(said, name[TASK]), *id = item(said, name[TASK_ID]);
+    PyObject *request = task == NULL ? NULL : top_of(name, task);
+    PyObject *number = request == NULL ? NULL : PyLong_FromVoidPtr(request);
+    PyObject *found = item(bound[RUNS], number), *kind, *value, *trace;
+    int ended = 0;
+    if (found != NULL && id != NULL && Py_TYPE(found) == state->run &&
+        item(said, name[RUN_STATE]) == name[SUCCESS]) {
+        Run *run = (Run *)Py_NewRef(found);
+        if (run->clock && !run->is_eager && !run->over)
+            ended = quick_end(state, run);
+        Py_DECREF(run);
+    }
+    PyErr_Fetch(&kind, &value, &trace);
+    PyObject *none = NULL;
+    if (ended) {
+        PyDict_DelItem(bound[RUNS], number);
+        none = PyObject_CallOneArg(bound[ENDED], id);
+        PyErr_Clear();
+    }
+    Py_XDECREF(number);
+    Py_XDECREF(request);
+    if (!ended) {
+        /* Whatever a look of ours raised, it will raise again. */
+        Py_XDECREF(kind);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        if ((none = PyObject_Call(bound[SLOW], args, said)) != NULL)
+            return none;
+        PyErr_Fetch(&kind, &value, &trace);
+        none = PyObject_Call(bound[AGAIN], args, said);
+        PyErr_Clear();
+    }
+    Py_XDECREF(none);
+    if (kind == NULL)
+        Py_RETURN_NONE;
+    PyErr_Restore(kind, value, trace);
+    return NULL;
+}
+
+static PyMethodDef task_init_def = {
+    "on_task_init", (PyCFunction)(void (*)(void))on_task_init, METH_FASTCALL,
+    "As a loader's: a run starts."};
+
+static PyMethodDef task_end_def = {
+    "_on_end", (PyCFunction)(void (*)(void))on_task_end, METH_VARARGS | METH_KEYWORDS,
+    "_on_end($self, /, **said)\n--\n\nAs a receiver of task_postrun: a run has ended."};
+
+/* A function bound to the module and to what it is given. */
+static PyObject *bind(PyObject *module, PyObject *args, PyMethodDef *def, Py_ssize_t size)
+{
+    if (PyTuple_GET_SIZE(args) != size - 1 || !PyDict_CheckExact(PyTuple_GET_ITEM(args, 0))) {
+        PyErr_Format(PyExc_TypeError, "expected a dict, and %zd more", size - 2);
+        return NULL;
+    }
+    PyObject *bound = PyTuple_New(size);
+    if (bound == NULL)
+        return NULL;
+    PyTuple_SET_ITEM(bound, MODULE, Py_NewRef(module));
+    for (Py_ssize_t each = 1; each < size; each++)
+        PyTuple_SET_ITEM(bound, each, Py_NewRef(PyTuple_GET_ITEM(args, each - 1)));
+    PyObject *function = PyCFunction_New(def, bound);
+    Py_DECREF(bound);
+    return function;
+}
+
+static PyObject *task_init(PyObject *module, PyObject *args)
+{
+    return bind(module, args, &task_init_def, INIT_BOUND);
+}
+
+static PyObject *task_end(PyObject *module, PyObject *args)
+{
+    return bind(module, args, &task_end_def, END_BOUND);
 }
 
 /* -- the module ---------------------------------------------------------------------------------- */
@@ -1389,6 +1765,9 @@ static PyMethodDef methods[] = {
      "ordinary_run(influx, task_id, name, request): the run of an ordinary message, or None."},
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
      "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
+    {"task_init", task_init, METH_VARARGS,
+     "task_init(runs, slow, tasks, influx, go_on, passing): an on_task_init."},
+    {"task_end", task_end, METH_VARARGS, "task_end(runs, slow, again, ended): an _on_end."},
     {NULL, NULL, 0, NULL},
 };
 

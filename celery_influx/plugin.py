@@ -72,7 +72,7 @@ def install(app: Celery) -> Influx:
         signals.connect()
         if is_green():
             import_module("requests")  # later it would stop the hub for as long
-    signals.attach(app)
+    signals.attach(app, influx)
     _installed.append(influx)
     return influx
 
@@ -118,6 +118,9 @@ class Influx:
         self._queue_names: dict[tuple[str, str], str] = {}
         #: Whether tasks run in greenlets, many to a thread.
         self.is_green = False
+        #: Where a run's start and end may be written without us, as ordinary ones are: the default
+        #: database, and the relay that is between, if there is one.
+        self.quick: tuple[Database, Relay | None] | None = None
 
     # -- the user's side -------------------------------------------------------------------------
 
@@ -234,6 +237,7 @@ class Influx:
                 self._worker.counters.add(number, early.get(database.name, {}))
                 database.begin_anew()
             self._settled = False
+            self.quick = None
 
     def start(self) -> None:
         """In a worker: start each database's batcher, and the reader of the relay."""
@@ -432,11 +436,14 @@ class Influx:
             if relay is None and (self._forked or _is_child()):
                 _before_exit(self.close)
             self._settled = True
+            if self.records_tasks and not self.is_green and not self.options.task_ids:
+                self.quick = self.default, relay
 
     def after_fork(self) -> None:
         """In a forked child, at once: begin anew, in ways that take no lock of the parent's."""
         self._lock = threading.RLock()
         self._settled = False
+        self.quick = None
         self._child_relay = None
         self._forked = True
         if self._worker:

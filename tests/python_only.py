@@ -19,6 +19,7 @@ _PARTS = {
     (database, "make_stamps"): Stamps,
     (plugin, "make_stamps"): Stamps,
     (plugin, "quick_run_line"): run_line,
+    (signals, "extension"): None,
     (signals, "make_run"): Run,
     (signals, "ordinary_run"): lambda *_: None,
 }

@@ -26,9 +26,11 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 import celery_influx
 from celery_influx import signals
+from celery_influx.plugin import Influx
 from celery_influx.point import Point
 from celery_influx.relay import Relay
 from celery_influx.signals import HEADER
+from celery_influx.speedups import extension
 from tests.conftest import Receiver
 from tests.servers import wait_for
 from tests.test_relay import exit_code, fork
@@ -72,9 +74,13 @@ class Limit:
 
 
 class Child:
-    """A worker and its one child, which runs a task whose time is up at one place after another."""
+    """A worker and its one child, which runs a task whose time is up at one place after another.
 
-    def __init__(self, url: str, folder: Path) -> None:
+    ``in_python``: the ends of its runs are written by Python, be there an extension or not.
+    """
+
+    def __init__(self, url: str, folder: Path, *, in_python: bool) -> None:
+        self.in_python = in_python
         self.app = Celery("app", broker="memory://", set_as_current=False)
         self.app.conf.influx_databases = {"main": url}
         self.influx = celery_influx.install(self.app)
@@ -136,9 +142,19 @@ def request_of(number: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def child(receiver: Receiver, tmp_path: Path) -> Iterator[Child]:
-    made = Child(receiver.url, tmp_path)
+@pytest.fixture(params=[True, False], ids=["in Python", "by the extension"])
+def child(
+    request: pytest.FixtureRequest,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Child]:
+    if request.param:
+        never = property(lambda _: None, lambda *_: None)
+        monkeypatch.setattr(Influx, "quick", never, raising=False)
+    elif not extension:
+        pytest.skip("without the extension there is one way only")
+    made = Child(receiver.url, tmp_path, in_python=request.param)
     yield made
     made.influx.close(5)
 
@@ -164,7 +180,9 @@ def test_wherever_it_comes_the_run_has_one_point_and_the_task_its_limit(
     assert child.influx.close(5)
     points = receiver.points("celery_task", at_least=len(runs))
     assert ends(points) == {number: EXPECTED[ran] for number, ran in runs.items()}
-    assert min(Counter(runs.values()).values()) > 50
+    places = Counter(runs.values())  # before the task's body, and after it
+    assert places[False] > 50
+    assert places[True] > (50 if child.in_python else 1)
     account = child.influx.stats()["main"]
     assert account["points"] == account["sent"] == len(runs)
     assert len(runs) - 20 < account["clamped"] <= len(runs)  # it came before some were counted

@@ -124,16 +124,20 @@ def test_under_the_sanitizers(count: int, tmp_path: Path) -> None:
         run([compiler, f"-print-file-name={name}"]).strip()
         for name in ("libasan.so", "libubsan.so")
     ]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), *sys.path]),
+        "LD_PRELOAD": " ".join(preload),
+        "PYTHONMALLOC": "malloc",  # else Python's own allocator hides what is read past an end
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+    }
     said = run(
-        [sys.executable, "-m", "tests.differential", str(count), "7"],
-        cwd=tmp_path,
-        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT), *sys.path]),
-        LD_PRELOAD=" ".join(preload),
-        PYTHONMALLOC="malloc",  # else Python's own allocator hides what is read past an end
-        ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
+        [sys.executable, "-m", "tests.differential", str(count), "7"], cwd=tmp_path, **environment
     )
     print(said)
     assert said.startswith(str(extension))
+    said = run([sys.executable, "-m", "tests.test_ordinary_runs"], cwd=tmp_path, **environment)
+    print(said)
+    assert said.count("no difference") == 2
 
 
 def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:

@@ -1,0 +1,259 @@
+"""A run's start and end as the extension writes them by itself: the same as Python does."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import FrameType
+from typing import Any
+
+import pytest
+from billiard.process import current_process
+from celery import Celery, Task
+from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+
+import celery_influx
+from celery_influx.plugin import Influx
+from celery_influx.point import Point
+from celery_influx.signals import HEADER, on_task_end
+from celery_influx.speedups import extension
+from tests.conftest import Receiver
+from tests.python_only import python_only
+from tests.test_relay import exit_code, fork
+from tests.test_soft_limits import OURS
+from tests.test_under_way import SAID
+
+pytestmark = pytest.mark.skipif(not extension, reason="without it there is one way only")
+
+#: In the worker itself, as with threads, or in a child of its pool.
+WHERE = pytest.mark.parametrize("in_child", [False, True], ids=["worker", "pool child"])
+
+
+def ordinary(**said: Any) -> dict[str, Any]:
+    """A message; ``...`` stands for what it does not say."""
+    stamp = time.time_ns()
+    all_said = {
+        "id": "an id",
+        "hostname": "worker@host",
+        "delivery_info": {"exchange": "", "routing_key": "celery"},
+        "retries": 0,
+        HEADER: f"1;{stamp};{stamp}",
+        **said,
+    }
+    return {name: value for name, value in all_said.items() if value is not ...}
+
+
+class Process:
+    """A worker, or a child of its pool, that runs messages as they come."""
+
+    def __init__(self, receiver: Receiver, *, in_child: bool) -> None:
+        self.app = Celery("app", broker="memory://", set_as_current=False)
+        self.app.conf.influx_databases = {"main": receiver.url}
+        self.app.conf.task_ignore_result = True
+        self.influx: Influx = celery_influx.install(self.app)
+        self._in_child = in_child
+
+        @self.app.task(name="t", bind=True, shared=False)
+        def task(task: Task[Any, Any], how: BaseException | str = "") -> str:
+            if isinstance(how, BaseException):
+                raise how
+            if how == "retry":
+                task.retry(countdown=1)
+            return how
+
+        self.app.finalize()
+        self.task = self.app.tasks["t"]
+        self.trace = build_tracer("t", self.task, app=self.app)
+        if in_child:
+            self.influx.start_worker("worker@host", "prefork")
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Do it there, and write all points."""
+
+        def in_pool() -> None:
+            current_process().index = 0
+            work()
+            self.influx.leave_pool()
+
+        if self._in_child:
+            pid = fork(in_pool)
+            self.influx.start()
+            assert exit_code(pid) == 0
+        else:
+            self.influx.start()
+            work()
+        assert self.influx.close(5)
+
+    def run(self, how: BaseException | str = "", **said: Any) -> Any:
+        """Run one message."""
+        message = ordinary(**said)
+        return self.trace(message.get("id", "an id"), (how,), {}, message)
+
+
+ENDS = ["", "retry", KeyError("k"), Ignore(), Reject(), SoftTimeLimitExceeded()]
+MESSAGES: list[dict[str, Any]] = [
+    {"id": None},
+    {"id": "é" * 2_000},
+    {"id": ...},
+    {"delivery_info": {}, "eta": 1},
+    *({name: value} for name, values in SAID.items() for value in values if value != 2**70),
+]
+#: How runs end, and what their messages say.
+RUNS: list[tuple[Any, dict[str, Any]]] = [
+    *itertools.product(ENDS, [{}, {"retries": 1}, {"hostname": None}]),
+    *(("", message) for message in MESSAGES),
+]
+
+
+@WHERE
+def test_whatever_a_message_says_and_a_run_comes_to_the_point_is_the_same(
+    in_child: bool, receiver: Receiver, other_receiver: Receiver
+) -> None:
+    differ(receiver, other_receiver, in_child=in_child)
+
+
+def differ(receiver: Receiver, other_receiver: Receiver, *, in_child: bool) -> int:
+    """Run them all with the extension, and without; how many, or AssertionError."""
+    found = []
+    for each, python in ((receiver, False), (other_receiver, True)):
+        with python_only() if python else nullcontext():
+            process = Process(each, in_child=in_child)
+
+            def work(process: Process = process) -> None:
+                for how, said in RUNS:
+                    process.run(how, **said)
+
+            process.do(work)
+            found.append(each.points("celery_task", at_least=len(RUNS)))
+
+    quick, slow = ([said_by(point) for point in points] for points in found)
+    assert quick == slow
+    assert len(quick) == len(RUNS)
+    assert len(set(map(str, quick))) > 12
+    return len(RUNS)
+
+
+def said_by(point: Point) -> tuple[Any, ...]:
+    """All of a point but its times."""
+    return point.tags, point.fields["retries"], sorted(point.fields)
+
+
+@WHERE
+def test_an_ordinary_run_takes_no_python_of_ours(in_child: bool, receiver: Receiver) -> None:
+    process = Process(receiver, in_child=in_child)
+    seen: list[str] = []
+
+    def profile(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            seen.append(frame.f_code.co_name)
+
+    def work() -> None:
+        process.run()
+        for _ in range(3):
+            sys.setprofile(profile)
+            try:
+                process.run()
+            finally:
+                sys.setprofile(None)
+        assert not seen
+        sys.setprofile(profile)
+        try:
+            process.run(retries=1)
+        finally:
+            sys.setprofile(None)
+        assert "_begin" in seen
+
+    process.do(work)
+    assert len(receiver.points("celery_task", at_least=5)) == 5
+
+
+@WHERE
+def test_nothing_of_a_run_is_kept(in_child: bool, receiver: Receiver) -> None:
+    process = Process(receiver, in_child=in_child)
+    queue, task_id = "queue name", "task id"
+
+    def runs() -> None:
+        for _ in range(1_000):
+            process.run(id=task_id, delivery_info={"exchange": "", "routing_key": queue})
+
+    def work() -> None:
+        runs()  # the last ids are kept
+        runs()
+        database = process.influx.default
+        things = {
+            "task": process.task,
+            "influx": process.influx,
+            "quick": process.influx.quick,
+            "database": database,
+            "send": database._accept,
+            "heads": database.heads,
+            "queue": queue,
+            "id": task_id,
+        }
+        before = {name: sys.getrefcount(thing) for name, thing in things.items()}
+        runs()
+        assert {name: sys.getrefcount(thing) for name, thing in things.items()} == before
+
+    process.do(work)
+    assert len(receiver.points("celery_task", at_least=3_000)) == 3_000
+
+
+@pytest.mark.parametrize("name", ["influx", "acks_late", "name"])
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (ValueError, ("SUCCESS", None)),
+        (SoftTimeLimitExceeded, ("FAILURE", "SoftTimeLimitExceeded")),
+    ],
+)
+def test_what_a_look_at_a_task_raises_is_the_tasks_own_only_if_its_time_is_up(
+    name: str,
+    error: type[Exception],
+    end: tuple[str, str | None],
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time may be up wherever Python code runs, such as a user's property."""
+    process = Process(receiver, in_child=True)
+    raised: list[type[Exception]] = []
+
+    def look(_: object) -> Any:
+        if not raised:
+            raised.append(error)
+            raise error
+        return "t" if name == "name" else True
+
+    def work() -> None:
+        process.run()
+        monkeypatch.delattr(type(process.task), name, raising=False)
+        monkeypatch.setattr(type(process.task), name, property(look), raising=False)
+        process.run()
+        process.run()
+        assert raised
+
+    process.do(work)
+    points = receiver.points("celery_task", at_least=3)
+    ends = [(point.tags["state"], point.tags.get("exception")) for point in points if point.tags]
+    assert ends == [("SUCCESS", None), end, ("SUCCESS", None)]
+
+
+@pytest.mark.parametrize("given", [(), ({},), ([], 1, 2, 3), ({}, 1, 2, 3, 4, 5, 6)])
+def test_it_wants_what_it_wants(given: tuple[Any, ...]) -> None:
+    assert extension
+    for make in (extension.task_init, extension.task_end):
+        with pytest.raises(TypeError, match="expected a dict, and"):
+            make(*given)
+
+
+def test_what_is_no_end_of_a_task_is_left_to_python() -> None:
+    with pytest.raises(TypeError, match="task"):
+        on_task_end()
+
+
+if __name__ == "__main__":  # as test_speedups.py does, under the sanitizers
+    for child in (False, True):
+        print(differ(Receiver(), Receiver(), in_child=child), "runs, no difference")
