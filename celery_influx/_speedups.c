@@ -1,5 +1,5 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
-stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them, or writes to
+stamps.py's Stamps, buffer.py's Buffer, and database.py's `send_data`, which joins them, or writes to
 relay.py's pipe in a pool child; reading lines back from there; and of a task's run
 under_way.py's Run, task_points.py's `run_line`, and of an ordinary one signals.py's `_begin` and
 `_on_end`, with what plugin.py and relay.py do for them.
@@ -56,7 +56,7 @@ enum {
     STACK,
     DICT,
     QUICK,
-    ACCEPT,
+    SEND_DATA,
     HEADS,
     OWED,
     IMPATIENT,
@@ -71,7 +71,7 @@ static const char *const names[NAMES] = {
     "celery_influx", "eta",      "retries",       "is_eager",    "hostname",
     "delivery_info", "exchange", "routing_key",   "influx",      "acks_late",
     "request_stack", "_local",   "__storage__",   "__ident_func__", "stack",
-    "__dict__",      "quick",    "_accept",       "heads",       "_owed",
+    "__dict__",      "quick",    "send_data",     "heads",       "_owed",
     "_impatient",    "name",     "task",          "task_id",     "state", "SUCCESS",
 };
 
@@ -921,6 +921,7 @@ static PyObject *take_lines(PyObject *module, PyObject *args)
 
 typedef struct {
     PyObject_HEAD
+    PyObject *kind;    /* of an ordinary point */
     PyObject *encoder; /* an Encoder, whose clock is a Stamps */
     PyObject *buffer;  /* or NULL, where lines go through the relay */
     PyObject *send;    /* the Python way */
@@ -932,6 +933,7 @@ typedef struct {
     long long due_lines, due_bytes;
     int pipe, database;
     int refused; /* the last one, by Python too: it knows when one gets through again */
+    char retired; /* who kept the function since before a fork or a close goes Python's way */
 } Sender;
 
 /* Whether the process lives on after a write to a pipe that nobody reads; -1 with an exception. */
@@ -988,9 +990,13 @@ static PyObject *buffer_line(Sender *self, PyObject *line)
     return none;
 }
 
-static PyObject *send_point(PyObject *arg, PyObject *point)
+static PyObject *
+send_data(PyObject *arg, PyObject *const *args, Py_ssize_t count, PyObject *named)
 {
     Sender *self = (Sender *)arg;
+    if (count != 1 || named != NULL || (PyObject *)Py_TYPE(args[0]) != self->kind || self->retired)
+        return PyObject_Vectorcall(self->send, args, (size_t)count, named);
+    PyObject *point = args[0];
     Encoder *encoder = (Encoder *)self->encoder;
     Line line;
     Py_ssize_t left_out = 0;
@@ -1018,6 +1024,7 @@ static PyObject *send_point(PyObject *arg, PyObject *point)
 static int sender_traverse(Sender *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->kind);
     Py_VISIT(self->encoder);
     Py_VISIT(self->buffer);
     Py_VISIT(self->send);
@@ -1031,6 +1038,7 @@ static void sender_dealloc(Sender *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
+    Py_XDECREF(self->kind);
     Py_XDECREF(self->encoder);
     Py_XDECREF(self->buffer);
     Py_XDECREF(self->send);
@@ -1041,7 +1049,13 @@ static void sender_dealloc(Sender *self)
     Py_DECREF(type);
 }
 
+static PyMemberDef sender_members[] = {
+    {"retired", T_BOOL, offsetof(Sender, retired), 0, NULL},
+    {NULL},
+};
+
 static PyType_Slot sender_slots[] = {
+    {Py_tp_members, sender_members},
     {Py_tp_traverse, sender_traverse},
     {Py_tp_dealloc, sender_dealloc},
     {0, NULL},
@@ -1054,7 +1068,9 @@ static PyType_Spec sender_spec = {
     .slots = sender_slots,
 };
 
-static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Database's _send."};
+static PyMethodDef send_def = {
+    "send_data", (PyCFunction)(void (*)(void))send_data, METH_FASTCALL | METH_KEYWORDS,
+    "send_data($self, point)\n--\n\nQueue a point; see Database.send_data."};
 
 /* -- a run of a task ----------------------------------------------------------------------------- */
 
@@ -1402,7 +1418,7 @@ static void find_way(State *state, PyObject *influx, Way *way)
         return;
     way->database = PyTuple_GET_ITEM(way->quick, 0);
     way->relay = PyTuple_GET_ITEM(way->quick, 1);
-    way->send = get(way->database, state->names[ACCEPT]);
+    way->send = get(way->database, state->names[SEND_DATA]);
     PyObject *bound =
         way->send != NULL && PyCFunction_Check(way->send) ? PyCFunction_GET_SELF(way->send) : NULL;
     if (bound != NULL && Py_TYPE(bound) == state->sender &&
@@ -1682,7 +1698,8 @@ static PyObject *encoder(PyObject *module, PyObject *args)
 }
 
 static Sender *make_sender(
-    State *state, PyObject *encode, PyObject *points, PyObject *python_send, PyObject *wake)
+    State *state, PyObject *kind, PyObject *encode, PyObject *points, PyObject *python_send,
+    PyObject *wake)
 {
     PyObject *encoder = PyCFunction_GET_SELF(encode);
     if (encoder == NULL || Py_TYPE(encoder) != state->encoder ||
@@ -1703,6 +1720,7 @@ static Sender *make_sender(
         Py_DECREF(self);
         return NULL;
     }
+    self->kind = Py_NewRef(kind);
     self->encoder = Py_NewRef(encoder);
     self->send = Py_NewRef(python_send);
     self->wake = Py_NewRef(wake);
@@ -1719,13 +1737,13 @@ static PyObject *send_of(Sender *self)
 static PyObject *sender(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    PyObject *encode, *buffer, *points, *python_send, *wake;
+    PyObject *kind, *encode, *buffer, *points, *python_send, *wake;
     long long due_lines, due_bytes;
     if (!PyArg_ParseTuple(
-            args, "O!O!OLLOO:sender", &PyCFunction_Type, &encode, state->buffer, &buffer, &points,
-            &due_lines, &due_bytes, &python_send, &wake))
+            args, "OO!O!OLLOO:sender", &kind, &PyCFunction_Type, &encode, state->buffer, &buffer,
+            &points, &due_lines, &due_bytes, &python_send, &wake))
         return NULL;
-    Sender *self = make_sender(state, encode, points, python_send, wake);
+    Sender *self = make_sender(state, kind, encode, points, python_send, wake);
     if (self == NULL)
         return NULL;
     self->buffer = Py_NewRef(buffer);
@@ -1737,13 +1755,13 @@ static PyObject *sender(PyObject *module, PyObject *args)
 static PyObject *relay_sender(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    PyObject *encode, *points, *python_send, *put, *handler_of;
+    PyObject *kind, *encode, *points, *python_send, *put, *handler_of;
     int pipe, database;
     if (!PyArg_ParseTuple(
-            args, "O!iiOOOO:relay_sender", &PyCFunction_Type, &encode, &pipe, &database, &points,
-            &python_send, &put, &handler_of))
+            args, "OO!iiOOOO:relay_sender", &kind, &PyCFunction_Type, &encode, &pipe, &database,
+            &points, &python_send, &put, &handler_of))
         return NULL;
-    Sender *self = make_sender(state, encode, points, python_send, put);
+    Sender *self = make_sender(state, kind, encode, points, python_send, put);
     if (self == NULL)
         return NULL;
     self->handler_of = Py_NewRef(handler_of);
@@ -1756,9 +1774,9 @@ static PyMethodDef methods[] = {
     {"encoder", encoder, METH_VARARGS,
      "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow): an encode."},
     {"sender", sender, METH_VARARGS,
-     "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
+     "sender(kind, encode, buffer, points, due_lines, due_bytes, send, wake): a send_data."},
     {"relay_sender", relay_sender, METH_VARARGS,
-     "relay_sender(encode, pipe, database, points, send, put, handler_of): one to the relay."},
+     "relay_sender(kind, encode, pipe, database, points, send, put, handler_of): to the relay."},
     {"take_lines", take_lines, METH_VARARGS,
      "take_lines(data, position): position after the lines there, their database, the lines."},
     {"ordinary_run", (PyCFunction)(void (*)(void))ordinary_run, METH_FASTCALL,

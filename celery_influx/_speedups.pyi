@@ -32,23 +32,25 @@ def encoder(
     slow: Callable[[Point], bytes],
 ) -> Callable[[Point], bytes]: ...
 def sender(
+    kind: type[Point],
     encode: Callable[[Point], bytes],
     buffer: Buffer,
     points: memoryview,
     due_lines: int,
     due_bytes: int,
-    send: Callable[[Point], None],
+    send: Callable[[object], None],
     wake: Callable[[int], None],
-) -> Callable[[Point], None]: ...
+) -> Callable[[object], None]: ...
 def relay_sender(
+    kind: type[Point],
     encode: Callable[[Point], bytes],
     pipe: int,
     database: int,
     points: memoryview,
-    send: Callable[[Point], None],
+    send: Callable[[object], None],
     put: Callable[[builtins.bytes], bool],
     handler_of: Callable[[int], object],
-) -> Callable[[Point], None]: ...
+) -> Callable[[object], None]: ...
 def take_lines(data: builtins.bytes, position: int) -> tuple[int, int, list[builtins.bytes]]: ...
 def run_line(
     head: str,

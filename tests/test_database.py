@@ -829,6 +829,35 @@ def test_the_repr_tells_where_it_sends_and_no_secret(transport: str, make) -> No
 # -- forks -------------------------------------------------------------------------------------
 
 
+def test_who_has_kept_the_method_that_sends_may_use_it_after_a_close_and_a_fork(
+    make, server: Server
+) -> None:
+    database = make()
+    for round_ in range(2):
+        database.send_data(point=WHOLE)  # by which it starts
+        send = database.send_data
+        send(WHOLE)
+        send(point=WHOLE)
+        send((WHOLE, WHOLE, WHOLE, WHOLE))
+        assert database.close(5)
+        send(WHOLE)
+        assert database.flush(5)
+        assert account(database) == {"points": 8 * (round_ + 1), "sent": 8 * (round_ + 1)}
+    database.send_data(WHOLE)
+    send = database.send_data
+
+    def be_child() -> None:
+        send(WHOLE)
+        assert account(database)["points"] == 1
+        assert database.close(5)
+        assert account(database) == {"points": 1, "sent": 1}
+
+    assert exit_code(fork(be_child)) == 0
+    assert database.flush(5)
+    assert account(database) == {"points": 17, "sent": 17}
+    assert server.points(18) == [WHOLE] * 18
+
+
 def test_a_forked_child_does_not_send_the_parents_points_again(influxd: Influxd, make) -> None:
     influxd.query('DROP SERIES FROM "forked"')
     database = make(udp_port=influxd.udp_port, flush_interval=3_600.0, strict=True)

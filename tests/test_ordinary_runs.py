@@ -189,7 +189,7 @@ def test_nothing_of_a_run_is_kept(in_child: bool, receiver: Receiver) -> None:
             "influx": process.influx,
             "quick": process.influx.quick,
             "database": database,
-            "send": database._accept,
+            "send": database.send_data,
             "heads": database.heads,
             "queue": queue,
             "id": task_id,

@@ -22,7 +22,7 @@ from tests.servers import Influxd, wait_for
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
-    pytest.mark.timeout(1_800),
+    pytest.mark.timeout(3_600),
 ]
 
 #: Tasks in all, for each of the two workers.
