@@ -3,18 +3,23 @@
 A hook at a run's start and a receiver at its end are what the plugin adds to each task of a worker;
 its peers have receivers at both. Each variant runs the same no-op task through Celery's own tracer,
 in one process, with its receivers connected only while it is measured; ours write the point into
-the buffer of this process. Counted is the CPU
-time of the thread that runs the tasks.
+the buffer of this process. Counted is the CPU time of the thread that runs the tasks.
+
+And the same in a pool child, which is forked for each round, and writes to its worker's relay:
+there the worker's CPU is counted, too.
 """
 
 from __future__ import annotations
 
+import os
+import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from billiard.process import current_process
 from celery import Celery, signals
 from celery.app.trace import build_tracer
 from opentelemetry import trace as api
@@ -48,6 +53,15 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
                     _plugged("python", sink.port, stack),
                     _connected_python,
                 )
+        pools = {
+            "bare": (_app("bare child"), _nothing),
+            "celery_influx": (_plugged("child", sink.port, stack, in_pool=True), _connected),
+        }
+        if celery_influx.line_protocol.implementation == "c":
+            with python_only():
+                app = _plugged("python child", sink.port, stack, in_pool=True)
+            pools["celery_influx, Python only"] = (app, _connected_python)
+        in_pools: dict[str, list[tuple[float, float]]] = {name: [] for name in pools}
         figures: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(rounds + 2):
             for name in rotated(list(variants), turn):
@@ -56,8 +70,12 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
                     figures[name].append(_round(app, size))
                 if hasattr(app, "influx"):
                     app.influx.flush(30)
+            for name in rotated(list(pools), turn):
+                in_pools[name].append(_pool_round(*pools[name], size))
     sink.stop()
-    _table({name: found[2:] for name, found in figures.items()}).show()  # the first ones warm up
+    # The first ones warm up.
+    _table({name: found[2:] for name, found in figures.items()}).show()
+    _pool_table({name: found[2:] for name, found in in_pools.items()}).show()
 
 
 def _app(name: str) -> Celery:
@@ -72,11 +90,13 @@ def _noop() -> None:
     """What is measured."""
 
 
-def _plugged(name: str, port: int, stack: ExitStack) -> Celery:
+def _plugged(name: str, port: int, stack: ExitStack, *, in_pool: bool = False) -> Celery:
     app = _app(name)
     app.conf.influx_databases = {"metrics": f"udp://127.0.0.1:{port}"}
     influx = celery_influx.install(app)
     signals.task_postrun.disconnect(dispatch_uid="celery_influx._on_end")
+    if in_pool:
+        influx.start_worker(HOST, "prefork")
     influx.start()
     stack.callback(influx.close)
     return app
@@ -103,7 +123,8 @@ def _connected() -> Any:
 
 @contextmanager
 def _connected_python() -> Iterator[None]:
-    with python_only(), _connect((signals.task_postrun, ours._on_end)):
+    again = (signals.task_postrun, ours._on_end_again)  # as in a pool child
+    with python_only(), _connect((signals.task_postrun, ours._on_end), again):
         yield
 
 
@@ -143,6 +164,48 @@ def _round(app: Celery, size: int) -> float:
     for each in requests:
         tracer(each["id"], (), {}, each)
     return (time.thread_time() - before) / size * 1e6
+
+
+def _pool_round(app: Celery, connected: Callable[[], Any], size: int) -> tuple[float, float]:
+    """µs of CPU of a task, by a child and by its worker."""
+    read_fd, write_fd = os.pipe()
+    before = time.process_time()
+    with connected():
+        child = os.fork()
+        if not child:
+            try:
+                current_process().index = 0
+                os.write(write_fd, struct.pack("d", _round(app, size)))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        if hasattr(app, "influx"):
+            app.influx.flush(30)
+    worker = (time.process_time() - before) / size * 1e6
+    (cost,) = struct.unpack("d", os.read(read_fd, 8))
+    os.close(read_fd)
+    os.close(write_fd)
+    return cost, worker
+
+
+def _pool_table(figures: dict[str, list[tuple[float, float]]]) -> Table:
+    table = Table("`task`: CPU added to a run in a pool child", "µs", "ours / this")
+    bare = figures.pop("bare")
+    added: dict[str, list[float]] = {}
+    for name, found in figures.items():
+        child, worker = (
+            [this[part] - that[part] for this, that in zip(found, bare, strict=True)]
+            for part in range(2)
+        )
+        added[name] = [sum(both) for both in zip(child, worker, strict=True)]
+        table.add(name, added[name], ratios(added["celery_influx"], added[name]))
+        table.add(f"{name}: the worker's part", worker)
+    table.notes = [
+        verdict(f"µs added by {name}, child and worker", added[name], bound)
+        for name, bound in (("celery_influx", 11), ("celery_influx, Python only", 15))
+        if name in added
+    ]
+    return table
 
 
 def _table(figures: dict[str, list[float]]) -> Table:

@@ -419,12 +419,13 @@ class Relay:
     def _take_apart(self, data: bytes) -> bytes:
         """Deliver the whole frames in ``data``; the beginning of one that is not whole yet."""
         lines: dict[int, list[bytes]] = {}
+        runs = self._runs
         synced = 0
         position, end = 0, len(data)
         while True:
             try:
                 while end - position >= 4:  # the header's size, written out: this is the hot loop
-                    if extension:
+                    if extension and data[position + 2] == LINE:
                         position, database, found = extension.take_lines(data, position)
                         if found:
                             lines.setdefault(database, []).extend(found)
@@ -441,7 +442,7 @@ class Relay:
                             continue
                         kind, body = whole
                     if kind == END:
-                        if self._guarded(self._runs.ended, *_END.unpack_from(body)) is False:
+                        if not runs.ended(*_END.unpack_from(body)):
                             continue  # it was written twice
                         body = body[_END.size :]
                     if kind == LINE or (kind == END and body):
@@ -450,14 +451,14 @@ class Relay:
                         except KeyError:
                             lines[database] = [body]
                     elif kind == START:
-                        self._guarded(self._runs.started, body)
+                        runs.started(body)
                     elif kind == VERDICT:
-                        self._guarded(self._runs.judged, body)
+                        runs.judged(body)
                     elif kind == SYNC:
                         synced = max(synced, *_SERIAL.unpack(body))
                 break
             except Exception:
-                # No memory for it, or no frame of ours: on with the next one.
+                # No memory for it, no frame of ours, or a mistake of ours: on with the next one.
                 logger.exception("the relay's reader goes on after a frame that it cannot read")
                 if kind in (LINE, FRAGMENT, END):
                     self._guarded(self._lost, database)

@@ -11,6 +11,7 @@ import logging
 import marshal
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,12 +96,6 @@ class _Verdict(NamedTuple):
     facts: Facts
 
 
-def _remember(names: dict[_Name, None], name: _Name, most: int) -> None:
-    names[name] = None
-    if len(names) > most:
-        del names[next(iter(names))]
-
-
 class Runs:
     """The last run of each child. Only the thread that reads the relay's pipe may use it.
 
@@ -133,7 +128,7 @@ class Runs:
         self._dead: dict[int, _Run] = {}
         self._open: dict[int, _Run] = {}  # of the dead, those that have no point yet
         self._early: dict[_Name, _Verdict] = {}  # on tasks that a child has, and starts or does not
-        self._over: dict[_Name, None] = {}  # before the last one of their children
+        self._over: deque[_Name] = deque(maxlen=self.MOST_OVER)  # before their children's last one
         self._found: dict[int, int] = {}  # pid → when it was found dead; perhaps not all is read
         self._looked = 0.0
 
@@ -147,19 +142,24 @@ class Runs:
             return
         # A task that starts once more shows what became of its run in a child that died, found
         # dead by now or not: the pool or the queue gave it out again. In one that lives, both run.
-        for before in (*self._open.values(), *self._living.values()):
-            if before.id != run.id or before.pid == run.pid or before.verdict:
-                continue
+        same = []
+        for runs in (self._open, self._living):
+            for before in runs.values():
+                if before.id == run.id and before.pid != run.pid and not before.verdict:
+                    same.append(before)  # noqa: PERF401 - a call more, for each run there is
+        for before in same:
             if before.died or self._gone(before.pid):
                 self._judge(before, "RETRY", LOST)
         if last:
             # Its end did not come; or it is of a child that died, and that had the same pid.
-            self._give_up(last)
-            _remember(self._over, last.name, self.MOST_OVER)
-        early = self._early.pop(run.name, None)
-        if early:
-            run.verdict = early.state, early.exception
-        self._pass_over(run.pid)
+            if not last.ended:
+                self._give_up(last)
+            self._over.append(last.name)
+        if self._early:
+            early = self._early.pop(run.name, None)
+            if early:
+                run.verdict = early.state, early.exception
+            self._pass_over(run.pid)
         self._living[run.pid] = run
 
     def ended(self, pid: int, began: int) -> bool:
@@ -263,7 +263,7 @@ class Runs:
         """The child's tasks on which there is a verdict, and that have not started, never will."""
         for name in [name for name in self._early if name[0] == pid]:
             verdict = self._early.pop(name)
-            _remember(self._over, name, self.MOST_OVER)  # Celery may say so twice
+            self._over.append(name)  # Celery may say so twice
             self._point(verdict.facts, verdict.state, verdict.exception, None)
 
     def _judge(self, run: _Run, state: str, exception: str | None) -> None:
