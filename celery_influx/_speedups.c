@@ -1,5 +1,5 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
-stamps.py's Stamps, buffer.py's Buffer, and database.py's `send_data`, which joins them, or writes to
+stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them, or writes to
 relay.py's pipe in a pool child; reading lines back from there; and of a task's run
 under_way.py's Run, task_points.py's `run_line`, and of an ordinary one signals.py's `_begin` and
 `_on_end`, with what plugin.py and relay.py do for them.
@@ -56,7 +56,7 @@ enum {
     STACK,
     DICT,
     QUICK,
-    SEND_DATA,
+    ACCEPT,
     HEADS,
     OWED,
     IMPATIENT,
@@ -71,7 +71,7 @@ static const char *const names[NAMES] = {
     "celery_influx", "eta",      "retries",       "is_eager",    "hostname",
     "delivery_info", "exchange", "routing_key",   "influx",      "acks_late",
     "request_stack", "_local",   "__storage__",   "__ident_func__", "stack",
-    "__dict__",      "quick",    "send_data",     "heads",       "_owed",
+    "__dict__",      "quick",    "_accept",       "heads",       "_owed",
     "_impatient",    "name",     "task",          "task_id",     "state", "SUCCESS",
 };
 
@@ -921,7 +921,6 @@ static PyObject *take_lines(PyObject *module, PyObject *args)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *kind;    /* of an ordinary point */
     PyObject *encoder; /* an Encoder, whose clock is a Stamps */
     PyObject *buffer;  /* or NULL, where lines go through the relay */
     PyObject *send;    /* the Python way */
@@ -933,7 +932,6 @@ typedef struct {
     long long due_lines, due_bytes;
     int pipe, database;
     int refused; /* the last one, by Python too: it knows when one gets through again */
-    char retired; /* who kept the function since before a fork or a close goes Python's way */
 } Sender;
 
 /* Whether the process lives on after a write to a pipe that nobody reads; -1 with an exception. */
@@ -990,13 +988,9 @@ static PyObject *buffer_line(Sender *self, PyObject *line)
     return none;
 }
 
-static PyObject *
-send_data(PyObject *arg, PyObject *const *args, Py_ssize_t count, PyObject *named)
+static PyObject *send_point(PyObject *arg, PyObject *point)
 {
     Sender *self = (Sender *)arg;
-    if (count != 1 || named != NULL || (PyObject *)Py_TYPE(args[0]) != self->kind || self->retired)
-        return PyObject_Vectorcall(self->send, args, (size_t)count, named);
-    PyObject *point = args[0];
     Encoder *encoder = (Encoder *)self->encoder;
     Line line;
     Py_ssize_t left_out = 0;
@@ -1024,7 +1018,6 @@ send_data(PyObject *arg, PyObject *const *args, Py_ssize_t count, PyObject *name
 static int sender_traverse(Sender *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->kind);
     Py_VISIT(self->encoder);
     Py_VISIT(self->buffer);
     Py_VISIT(self->send);
@@ -1038,7 +1031,6 @@ static void sender_dealloc(Sender *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    Py_XDECREF(self->kind);
     Py_XDECREF(self->encoder);
     Py_XDECREF(self->buffer);
     Py_XDECREF(self->send);
@@ -1049,13 +1041,7 @@ static void sender_dealloc(Sender *self)
     Py_DECREF(type);
 }
 
-static PyMemberDef sender_members[] = {
-    {"retired", T_BOOL, offsetof(Sender, retired), 0, NULL},
-    {NULL},
-};
-
 static PyType_Slot sender_slots[] = {
-    {Py_tp_members, sender_members},
     {Py_tp_traverse, sender_traverse},
     {Py_tp_dealloc, sender_dealloc},
     {0, NULL},
@@ -1068,9 +1054,7 @@ static PyType_Spec sender_spec = {
     .slots = sender_slots,
 };
 
-static PyMethodDef send_def = {
-    "send_data", (PyCFunction)(void (*)(void))send_data, METH_FASTCALL | METH_KEYWORDS,
-    "send_data($self, point)\n--\n\nQueue a point; see Database.send_data."};
+static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Database's _send."};
 
 /* -- a run of a task ----------------------------------------------------------------------------- */
 
@@ -1243,8 +1227,13 @@ static int make_ordinary(
     PyObject *worker = text_of(marks, name[HOSTNAME]);
     if (queue == NULL || queue == Py_None || worker == NULL)
         return PyErr_Occurred() ? BROKEN : RARE;
+    /* Memory may be collected in there, and a finaliser of anybody's run. */
+    Py_INCREF(queue);
+    Py_INCREF(worker);
     PyObject *facts =
         Py_BuildValue("(OOO)iLOO", task, queue, worker, 0, now - last, Py_None, Py_None);
+    Py_DECREF(queue);
+    Py_DECREF(worker);
     if (facts == NULL)
         return BROKEN;
     PyObject *given[] = {influx, id, facts};
@@ -1366,7 +1355,7 @@ static PyObject *run_line(PyObject *module, PyObject *const *args, Py_ssize_t co
 
 /* What signals.py binds the two functions to; no Python code but what is named here is called by
 them, so no signal's handler comes in the middle of what they do. */
-enum { MODULE, RUNS, SLOW, TASKS, OUR_INFLUX, GO_ON, PASSING, INIT_BOUND };
+enum { MODULE, RUNS, SLOW, TASKS, APP, GO_ON, PASSING, INIT_BOUND };
 enum { AGAIN = SLOW + 1, ENDED, END_BOUND };
 
 /* A new reference; NULL where there is none, or with an exception set where it raised one. */
@@ -1418,7 +1407,7 @@ static void find_way(State *state, PyObject *influx, Way *way)
         return;
     way->database = PyTuple_GET_ITEM(way->quick, 0);
     way->relay = PyTuple_GET_ITEM(way->quick, 1);
-    way->send = get(way->database, state->names[SEND_DATA]);
+    way->send = get(way->database, state->names[ACCEPT]);
     PyObject *bound =
         way->send != NULL && PyCFunction_Check(way->send) ? PyCFunction_GET_SELF(way->send) : NULL;
     if (bound != NULL && Py_TYPE(bound) == state->sender &&
@@ -1462,35 +1451,58 @@ static int write_start(PyObject *const *name, const Way *way, PyObject *task, co
     return written;
 }
 
+/* An exception that was raised before: a user's own attribute may have done so, which is no harm to
+the task; or a signal's handler, in there, which is the task's business. */
+typedef struct {
+    PyObject *kind, *value, *trace;
+} Raised;
+
+static void raised_take(Raised *raised)
+{
+    PyErr_Fetch(&raised->kind, &raised->value, &raised->trace);
+}
+
+static void raised_drop(Raised *raised)
+{
+    Py_XDECREF(raised->kind);
+    Py_XDECREF(raised->value);
+    Py_XDECREF(raised->trace);
+}
+
+static PyObject *raised_again(Raised *raised)
+{
+    PyErr_Restore(raised->kind, raised->value, raised->trace);
+    return NULL;
+}
+
 /* signals.py's `_begin` of an ordinary run; whether it is begun, or nothing is done yet. */
 static int quick_begin(State *state, PyObject *const *bound, PyObject *id, PyObject *task)
 {
-    PyObject *const *name = state->names;
-    PyObject *influx = bound[OUR_INFLUX], *runs = bound[RUNS];
-    PyObject *number = PyLong_FromVoidPtr(task), *request = NULL, *marks = NULL, *called = NULL;
+    PyObject *const *name = state->names, *runs = bound[RUNS];
+    PyObject *influx = get(bound[APP], name[INFLUX]), *number = PyLong_FromVoidPtr(task);
+    PyObject *wanted = NULL, *request = NULL, *marks = NULL, *called = NULL;
     int known = item(bound[TASKS], number) == task, begun = 0;
-    Py_XDECREF(number);
-    PyObject *wanted = known ? get(task, name[INFLUX]) : Py_NewRef(Py_False);
     Way way;
     find_way(state, influx, &way);
     Run *run = NULL;
+    Py_XDECREF(number);
     number = NULL;
-    if (way.sender != NULL && wanted != Py_False && !PyErr_Occurred() &&
-        (request = top_of(name, task)) != NULL && (marks = get(request, name[DICT])) != NULL &&
-        PyDict_CheckExact(marks) && (called = get(task, name[CALLED])) != NULL &&
-        PyUnicode_CheckExact(called) && (number = PyLong_FromVoidPtr(request)) != NULL &&
-        item(runs, number) == NULL && !PyErr_Occurred() &&
-        make_ordinary(state, influx, id, called, marks, &run) == DONE) {
+    if (known && way.sender != NULL && (wanted = get(task, name[INFLUX])) != Py_False &&
+        !PyErr_Occurred() && (request = top_of(name, task)) != NULL &&
+        (marks = get(request, name[DICT])) != NULL && PyDict_CheckExact(marks) &&
+        (called = get(task, name[CALLED])) != NULL && PyUnicode_CheckExact(called) &&
+        (number = PyLong_FromVoidPtr(request)) != NULL && item(runs, number) == NULL &&
+        !PyErr_Occurred() && make_ordinary(state, influx, id, called, marks, &run) == DONE) {
         run->request = Py_NewRef(request);
         if (PyDict_SetItem(runs, number, (PyObject *)run) == 0) {
             begun = way.relay == Py_None || write_start(name, &way, task, run);
             if (begun) {
                 Py_DECREF(run_start(run, NULL));
             } else {
-                PyObject *kind, *value, *trace;
-                PyErr_Fetch(&kind, &value, &trace);
+                Raised raised;
+                raised_take(&raised);
                 PyDict_DelItem(runs, number);
-                PyErr_Restore(kind, value, trace);
+                raised_again(&raised);
             }
         }
     }
@@ -1501,29 +1513,28 @@ static int quick_begin(State *state, PyObject *const *bound, PyObject *id, PyObj
     Py_XDECREF(request);
     Py_XDECREF(wanted);
     leave_way(&way);
+    Py_XDECREF(influx);
     return begun;
 }
 
 /* A run starts: `task_id`, `task`. */
-static PyObject *on_task_init(PyObject *given, PyObject *const *args, Py_ssize_t count)
+static PyObject *
+on_task_init(PyObject *given, PyObject *const *args, Py_ssize_t count, PyObject *named)
 {
     PyObject *const *bound = &PyTuple_GET_ITEM(given, 0);
-    if (count == 2 && quick_begin(PyModule_GetState(bound[MODULE]), bound, args[0], args[1]))
+    if (count == 2 && named == NULL &&
+        quick_begin(PyModule_GetState(bound[MODULE]), bound, args[0], args[1]))
         return PyObject_Vectorcall(bound[GO_ON], args, (size_t)count, NULL);
-    PyObject *kind, *value, *trace;
-    PyErr_Fetch(&kind, &value, &trace);
-    PyObject *none = PyObject_Vectorcall(bound[SLOW], args, (size_t)count, NULL);
-    /* A user's own attribute may have raised it, or a signal's handler in there. */
-    if (none != NULL && kind != NULL &&
-        (PyErr_GivenExceptionMatches(kind, bound[PASSING]) ||
-         !PyErr_GivenExceptionMatches(kind, PyExc_Exception))) {
-        PyErr_Restore(kind, value, trace);
+    Raised raised;
+    raised_take(&raised);
+    PyObject *none = PyObject_Vectorcall(bound[SLOW], args, (size_t)count, named);
+    if (none != NULL && raised.kind != NULL &&
+        (PyErr_GivenExceptionMatches(raised.kind, bound[PASSING]) ||
+         !PyErr_GivenExceptionMatches(raised.kind, PyExc_Exception))) {
         Py_DECREF(none);
-        return NULL;
+        return raised_again(&raised);
     }
-    Py_XDECREF(kind);
-    Py_XDECREF(value);
-    Py_XDECREF(trace);
+    raised_drop(&raised);
     return none;
 }
 
@@ -1598,7 +1609,7 @@ static PyObject *on_task_end(PyObject *given, PyObject *args, PyObject *said)
     PyObject *task = item(said, name[TASK]), *id = item(said, name[TASK_ID]);
     PyObject *request = task == NULL ? NULL : top_of(name, task);
     PyObject *number = request == NULL ? NULL : PyLong_FromVoidPtr(request);
-    PyObject *found = item(bound[RUNS], number), *kind, *value, *trace;
+    PyObject *found = item(bound[RUNS], number), *none;
     int ended = 0;
     if (found != NULL && id != NULL && Py_TYPE(found) == state->run &&
         item(said, name[RUN_STATE]) == name[SUCCESS]) {
@@ -1607,35 +1618,40 @@ static PyObject *on_task_end(PyObject *given, PyObject *args, PyObject *said)
             ended = quick_end(state, run);
         Py_DECREF(run);
     }
-    PyErr_Fetch(&kind, &value, &trace);
-    PyObject *none = NULL;
+    Raised raised;
+    raised_take(&raised);
     if (ended) {
         PyDict_DelItem(bound[RUNS], number);
         none = PyObject_CallOneArg(bound[ENDED], id);
         PyErr_Clear();
-    }
-    Py_XDECREF(number);
-    Py_XDECREF(request);
-    if (!ended) {
-        /* Whatever a look of ours raised, it will raise again. */
-        Py_XDECREF(kind);
-        Py_XDECREF(value);
-        Py_XDECREF(trace);
-        if ((none = PyObject_Call(bound[SLOW], args, said)) != NULL)
-            return none;
-        PyErr_Fetch(&kind, &value, &trace);
-        none = PyObject_Call(bound[AGAIN], args, said);
-        PyErr_Clear();
+    } else {
+        none = PyObject_Call(bound[SLOW], args, said);
+        if (none == NULL) {
+            /* What comes last counts: the look at the task, its end, and what was left of that. */
+            raised_drop(&raised);
+            raised_take(&raised);
+            none = PyObject_Call(bound[AGAIN], args, said);
+            if (none == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+                PyErr_Clear();
+            } else if (none == NULL) {
+                raised_drop(&raised);
+                raised_take(&raised);
+            }
+        } else if (raised.kind != NULL && PyErr_GivenExceptionMatches(raised.kind, PyExc_Exception)) {
+            raised_drop(&raised);
+            raised.kind = raised.value = raised.trace = NULL;
+        }
     }
     Py_XDECREF(none);
-    if (kind == NULL)
-        Py_RETURN_NONE;
-    PyErr_Restore(kind, value, trace);
-    return NULL;
+    Py_XDECREF(number);
+    Py_XDECREF(request);
+    if (raised.kind != NULL)
+        return raised_again(&raised);
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef task_init_def = {
-    "on_task_init", (PyCFunction)(void (*)(void))on_task_init, METH_FASTCALL,
+    "on_task_init", (PyCFunction)(void (*)(void))on_task_init, METH_FASTCALL | METH_KEYWORDS,
     "As a loader's: a run starts."};
 
 static PyMethodDef task_end_def = {
@@ -1698,8 +1714,7 @@ static PyObject *encoder(PyObject *module, PyObject *args)
 }
 
 static Sender *make_sender(
-    State *state, PyObject *kind, PyObject *encode, PyObject *points, PyObject *python_send,
-    PyObject *wake)
+    State *state, PyObject *encode, PyObject *points, PyObject *python_send, PyObject *wake)
 {
     PyObject *encoder = PyCFunction_GET_SELF(encode);
     if (encoder == NULL || Py_TYPE(encoder) != state->encoder ||
@@ -1720,7 +1735,6 @@ static Sender *make_sender(
         Py_DECREF(self);
         return NULL;
     }
-    self->kind = Py_NewRef(kind);
     self->encoder = Py_NewRef(encoder);
     self->send = Py_NewRef(python_send);
     self->wake = Py_NewRef(wake);
@@ -1737,13 +1751,13 @@ static PyObject *send_of(Sender *self)
 static PyObject *sender(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    PyObject *kind, *encode, *buffer, *points, *python_send, *wake;
+    PyObject *encode, *buffer, *points, *python_send, *wake;
     long long due_lines, due_bytes;
     if (!PyArg_ParseTuple(
-            args, "OO!O!OLLOO:sender", &kind, &PyCFunction_Type, &encode, state->buffer, &buffer,
-            &points, &due_lines, &due_bytes, &python_send, &wake))
+            args, "O!O!OLLOO:sender", &PyCFunction_Type, &encode, state->buffer, &buffer, &points,
+            &due_lines, &due_bytes, &python_send, &wake))
         return NULL;
-    Sender *self = make_sender(state, kind, encode, points, python_send, wake);
+    Sender *self = make_sender(state, encode, points, python_send, wake);
     if (self == NULL)
         return NULL;
     self->buffer = Py_NewRef(buffer);
@@ -1755,13 +1769,13 @@ static PyObject *sender(PyObject *module, PyObject *args)
 static PyObject *relay_sender(PyObject *module, PyObject *args)
 {
     State *state = PyModule_GetState(module);
-    PyObject *kind, *encode, *points, *python_send, *put, *handler_of;
+    PyObject *encode, *points, *python_send, *put, *handler_of;
     int pipe, database;
     if (!PyArg_ParseTuple(
-            args, "OO!iiOOOO:relay_sender", &kind, &PyCFunction_Type, &encode, &pipe, &database,
-            &points, &python_send, &put, &handler_of))
+            args, "O!iiOOOO:relay_sender", &PyCFunction_Type, &encode, &pipe, &database, &points,
+            &python_send, &put, &handler_of))
         return NULL;
-    Sender *self = make_sender(state, kind, encode, points, python_send, put);
+    Sender *self = make_sender(state, encode, points, python_send, put);
     if (self == NULL)
         return NULL;
     self->handler_of = Py_NewRef(handler_of);
@@ -1774,9 +1788,9 @@ static PyMethodDef methods[] = {
     {"encoder", encoder, METH_VARARGS,
      "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow): an encode."},
     {"sender", sender, METH_VARARGS,
-     "sender(kind, encode, buffer, points, due_lines, due_bytes, send, wake): a send_data."},
+     "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
     {"relay_sender", relay_sender, METH_VARARGS,
-     "relay_sender(kind, encode, pipe, database, points, send, put, handler_of): to the relay."},
+     "relay_sender(encode, pipe, database, points, send, put, handler_of): one to the relay."},
     {"take_lines", take_lines, METH_VARARGS,
      "take_lines(data, position): position after the lines there, their database, the lines."},
     {"ordinary_run", (PyCFunction)(void (*)(void))ordinary_run, METH_FASTCALL,
@@ -1784,7 +1798,7 @@ static PyMethodDef methods[] = {
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
      "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
     {"task_init", task_init, METH_VARARGS,
-     "task_init(runs, slow, tasks, influx, go_on, passing): an on_task_init."},
+     "task_init(runs, slow, tasks, app, go_on, passing): an on_task_init."},
     {"task_end", task_end, METH_VARARGS, "task_end(runs, slow, again, ended): an _on_end."},
     {NULL, NULL, 0, NULL},
 };

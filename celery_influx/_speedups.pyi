@@ -32,25 +32,23 @@ def encoder(
     slow: Callable[[Point], bytes],
 ) -> Callable[[Point], bytes]: ...
 def sender(
-    kind: type[Point],
     encode: Callable[[Point], bytes],
     buffer: Buffer,
     points: memoryview,
     due_lines: int,
     due_bytes: int,
-    send: Callable[[object], None],
+    send: Callable[[Point], None],
     wake: Callable[[int], None],
-) -> Callable[[object], None]: ...
+) -> Callable[[Point], None]: ...
 def relay_sender(
-    kind: type[Point],
     encode: Callable[[Point], bytes],
     pipe: int,
     database: int,
     points: memoryview,
-    send: Callable[[object], None],
+    send: Callable[[Point], None],
     put: Callable[[builtins.bytes], bool],
     handler_of: Callable[[int], object],
-) -> Callable[[object], None]: ...
+) -> Callable[[Point], None]: ...
 def take_lines(data: builtins.bytes, position: int) -> tuple[int, int, list[builtins.bytes]]: ...
 def run_line(
     head: str,

@@ -10,7 +10,7 @@ import time
 import weakref
 from _signal import getsignal as handler_of  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from celery_influx.batcher import Batcher
@@ -90,6 +90,7 @@ class Database:
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
+        self._accept: Callable[[Point], None]  # what `send_data` does with a Point
         self._constant: Mapping[str, Any]
         #: Gives this process's present time, unlike any other of its times, in ns.
         self.stamps: Stamps
@@ -125,7 +126,7 @@ class Database:
         When the buffer is full the oldest line is dropped, and counted as ``dropped``.
         """
         if type(point) is Point:
-            self._send(point)
+            self._accept(point)
             return
         if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
             self._send(point)
@@ -234,7 +235,7 @@ class Database:
             if self._batcher is None and len(self._buffer):
                 self._start()  # which failed before, or is just to come
             batcher, self._batcher = self._batcher, None
-            self._be_slow()
+            self._accept = self._send
             self._closing = self._closing or batcher is not None
         client, self._http = self._http, None
         if client:
@@ -343,9 +344,8 @@ class Database:
             clock=stamps,
             on_left_out=self._count_left_out,
         ).encode
-        quick = self._quick() if relay else None
-        if quick:
-            self.__dict__["send_data"] = quick
+        if relay:
+            self._accept = self._quickest()
 
     def start(self) -> None:
         """Start the batcher and open the transport, before the first point asks for it."""
@@ -361,7 +361,7 @@ class Database:
             try:
                 self._transport = self._transport or open_transport(self.options)
                 delivery = Delivery(self.name, self._transport, self._counters, self._report)
-                quick = self._quick()
+                quickest = self._quickest()
                 self._batcher = Batcher(
                     self.name,
                     self._buffer,
@@ -372,51 +372,43 @@ class Database:
                     flush_interval=self.options.flush_interval,
                 )
                 # With no call in between, and so no signal's handler that may close it.
-                if quick:
-                    self.__dict__["send_data"] = quick
+                self._accept = quickest
             finally:
                 self._opening = False
 
-    def _quick(self) -> Callable[[object], None] | None:
-        """What does ``send_data`` in C, where it can; it knows no start of a batcher."""
+    def _quickest(self) -> Callable[[Point], None]:
+        """``_send``, or what does the same in C; that knows no start of a batcher."""
+        buffer, stamps, relay = self._buffer, self.stamps, self._relay
         if (
             extension is None
             or not self._enabled
-            or type(self.stamps) is Stamps
+            or type(stamps) is Stamps
             or isinstance(self._encode, FunctionType)
         ):
-            return None
+            return self._send
         points = self._counters[POINTS : POINTS + 1]
-        slow = MethodType(Database.send_data, self)
-        quick: Callable[[object], None]
-        if self._relay:
+        quick: Callable[[Point], None]
+        if relay:
             quick = extension.relay_sender(
-                Point,
                 self._encode,
-                self._relay.pipe,
-                self._relay.database,
+                relay.pipe,
+                relay.database,
                 points,
-                slow,
+                self._send,
                 self._put_relay,
                 handler_of,
             )
             return quick
         quick = extension.sender(
-            Point,
             self._encode,
-            self._buffer,
+            buffer,
             points,
             self._wake_lines,
             self._wake_bytes,
-            slow,
+            self._send,
             self._after_put,
         )
         return quick
-
-    def _be_slow(self) -> None:
-        quick = self.__dict__.pop("send_data", None)
-        if quick:
-            quick.__self__.retired = True  # for who has kept it
 
     def _start(self) -> None:
         try:
@@ -438,7 +430,7 @@ class Database:
         self._forget()
 
     def _forget(self) -> None:
-        self._be_slow()
+        self._accept = self._send
         self._batcher = None
         self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
         self._report = Report(logger, passing=self._passing)

@@ -72,7 +72,7 @@ def install(app: Celery) -> Influx:
         signals.connect()
         if is_green():
             import_module("requests")  # later it would stop the hub for as long
-    signals.attach(app, influx)
+    signals.attach(app)
     _installed.append(influx)
     return influx
 

@@ -62,19 +62,20 @@ def connect() -> None:
     os.register_at_fork(after_in_child=_greenlets.clear)
 
 
-def attach(app: Celery, influx: Influx) -> None:
+def attach(app: Celery) -> None:
     """Have ``app``'s loader tell of each run that starts: Celery calls it right before the body.
 
     A receiver of ``task_prerun`` costs several times as much; and what one raises Celery swallows,
     while a soft time limit that comes in here the task has as if it had come in its body.
     """
     go_on = app.loader.on_task_init
-    known: dict[int, Task[Any, Any]] = {}  # by identity, the tasks whose runs `influx` records
+    known: dict[int, Task[Any, Any]] = {}  # by identity, the tasks whose runs this app records
 
     def on_task_init(task_id: str, task: Task[Any, Any]) -> None:
         try:
             _begin(task_id, task)
-            if recorder(task) is influx:
+            influx = recorder(task)
+            if influx and influx is find(app):
                 known[id(task)] = task
         except SoftTimeLimitExceeded:
             with suppress(Exception):
@@ -87,7 +88,7 @@ def attach(app: Celery, influx: Influx) -> None:
 
     if extension:
         on_task_init = extension.task_init(
-            _runs, on_task_init, known, influx, go_on, (SoftTimeLimitExceeded,)
+            _runs, on_task_init, known, app, go_on, (SoftTimeLimitExceeded,)
         )
     app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import time
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 from billiard.process import current_process
 from celery import Celery, Task
+from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 
 import celery_influx
 from celery_influx.plugin import Influx
 from celery_influx.point import Point
-from celery_influx.signals import HEADER, on_task_end
+from celery_influx.signals import HEADER, _runs, on_task_end
 from celery_influx.speedups import extension
 from tests.conftest import Receiver
 from tests.python_only import python_only
@@ -189,7 +191,7 @@ def test_nothing_of_a_run_is_kept(in_child: bool, receiver: Receiver) -> None:
             "influx": process.influx,
             "quick": process.influx.quick,
             "database": database,
-            "send": database.send_data,
+            "send": database._accept,
             "heads": database.heads,
             "queue": queue,
             "id": task_id,
@@ -239,6 +241,112 @@ def test_what_a_look_at_a_task_raises_is_the_tasks_own_only_if_its_time_is_up(
     points = receiver.points("celery_task", at_least=3)
     ends = [(point.tags["state"], point.tags.get("exception")) for point in points if point.tags]
     assert ends == [("SUCCESS", None), end, ("SUCCESS", None)]
+
+
+def test_a_hook_above_ours_may_name_what_it_gives(receiver: Receiver) -> None:
+    process = Process(receiver, in_child=False)
+    ours = process.app.loader.on_task_init
+
+    def above(task_id: str, task: Any) -> None:
+        ours(task_id=task_id, task=task)
+
+    process.app.loader.on_task_init = above  # type: ignore[method-assign]
+    process.trace = build_tracer("t", process.task, app=process.app)
+
+    def work() -> None:
+        assert process.run("it went through").retval == "it went through"
+        process.run()
+
+    process.do(work)
+    points = receiver.points("celery_task", at_least=2)
+    assert [point.tags["state"] for point in points if point.tags] == ["SUCCESS", "SUCCESS"]
+
+
+def test_what_ends_the_process_is_let_out_at_a_runs_end(receiver: Receiver) -> None:
+    """Celery swallows of what a receiver raises only an ``Exception``."""
+    assert extension
+    process = Process(receiver, in_child=False)
+    process.influx.start()
+
+    def raises(error: BaseException) -> Callable[..., None]:
+        def call(**_: object) -> None:
+            raise error
+
+        return call
+
+    for first, second, expected in (
+        (SoftTimeLimitExceeded(), SystemExit(), SystemExit),
+        (SoftTimeLimitExceeded(), KeyError(), SoftTimeLimitExceeded),
+        (SystemExit(), KeyError(), SystemExit),
+    ):
+        end = extension.task_end({}, raises(first), raises(second), len)
+        with pytest.raises(expected):
+            end(task=process.task, task_id="x", state="SUCCESS")
+
+    class Looked(type(process.task)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            if name == "request_stack" and failures:
+                raise failures.pop()
+            return super().__getattribute__(name)
+
+    process.task.__class__ = Looked
+    done: list[dict[str, Any]] = []
+    end = extension.task_end({}, lambda **named: done.append(named), raises(KeyError()), len)
+    failures: list[BaseException] = [SystemExit()]
+    with pytest.raises(SystemExit):
+        end(task=process.task)
+    failures.append(ValueError())
+    end(task=process.task)
+    assert done == [{"task": process.task}] * 2
+
+
+def test_a_finaliser_may_change_a_message_while_it_is_read(receiver: Receiver) -> None:
+    """Before Python 3.12 memory is collected wherever some is asked for."""
+    process = Process(receiver, in_child=False)
+
+    class Finaliser:
+        def __init__(self, info: dict[str, Any]) -> None:
+            self.info = info
+            self.cycle = self
+
+        def __del__(self) -> None:
+            self.info["routing_key"] = f"another than {id(self)}"
+
+    process.influx.start()
+    process.run()
+    hook, stack = process.app.loader.on_task_init, process.task.request_stack
+    queues = []
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    gc.enable()
+    try:
+        for number in range(2_000):
+            info = {"exchange": "", "routing_key": f"queue {number}"}
+            request = Context(ordinary(delivery_info=info))
+            stack.push(request)
+            Finaliser(info)
+            hook("an id", process.task)
+            queues.append(_runs.pop(id(request)).facts[0][1])
+            stack.pop()
+    finally:
+        gc.disable()
+        gc.set_threshold(*thresholds)
+    assert all(queue.startswith(("queue ", "another than ")) for queue in queues)
+
+
+def test_no_run_is_written_while_the_plugin_is_not_the_apps(receiver: Receiver) -> None:
+    process = Process(receiver, in_child=False)
+    influx = process.influx
+
+    def work() -> None:
+        process.run()
+        process.app.influx = None
+        process.run()
+        process.app.influx = influx
+        process.run()
+
+    process.do(work)
+    assert len(receiver.points("celery_task", at_least=2)) == 2
 
 
 @pytest.mark.parametrize("given", [(), ({},), ([], 1, 2, 3), ({}, 1, 2, 3, 4, 5, 6)])
