@@ -1,5 +1,6 @@
 import builtins
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from celery_influx.point import Point
 from celery_influx.task_points import Facts
@@ -21,6 +22,19 @@ class Buffer:
     def take(self, max_lines: int, max_bytes: int) -> tuple[list[builtins.bytes], int]: ...
     def clear(self) -> int: ...
     def __len__(self) -> int: ...
+
+class Run:
+    influx: Any
+    id: str
+    facts: Facts
+    request: Any
+    began: int
+    clock: int
+    is_eager: bool
+    over: bool
+    def __init__(self, influx: Any, task_id: str, facts: Facts, began: int) -> None: ...
+    def start(self) -> None: ...
+    def stop(self) -> tuple[int | None, int | None]: ...
 
 def encoder(
     constant: dict[str, str],
@@ -58,3 +72,18 @@ def run_line(
     stamps: Callable[[], int],
     unit: int,
 ) -> builtins.bytes: ...
+def ordinary_run(influx: Any, task_id: str, name: str, request: dict[str, Any]) -> Run | None: ...
+def task_init(
+    runs: dict[int, Any],
+    slow: Callable[[str, Any], None],
+    tasks: dict[int, Any],
+    app: Any,
+    go_on: Callable[[str, Any], None],
+    passing: tuple[type[Exception], ...],
+) -> Callable[[str, Any], None]: ...
+def task_end(
+    runs: dict[int, Any],
+    slow: Callable[..., None],
+    again: Callable[..., None],
+    ended: Callable[[str], None],
+) -> Callable[..., None]: ...
