@@ -731,12 +731,11 @@ def test_each_child_of_a_pool_has_a_slot_of_its_own(
     store: redis.Redis,
     tmp_path: Path,
 ) -> None:
-    # With -c 32 each waits long enough for the others to have had one as well.
-    tasks, seconds = (20, 0.0) if concurrency == 1 else (96, 0.4)
+    tasks = 3 * concurrency
 
     with Worker(tmp_path, "processes", broker, config, concurrency=concurrency) as worker:
         for _ in range(tasks):
-            sender.send_task("processes.work", [seconds], ignore_result=True)
+            sender.send_task("processes.work_side_by_side", [concurrency], ignore_result=True)
         wait_for(lambda: count(store, "works") == tasks, 30)
         assert worker.stop() == 0
 
