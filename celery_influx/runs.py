@@ -56,7 +56,8 @@ _Name = tuple[int, str, int]
 class _Run:
     """One run of a task.
 
-    ``ended``: its point is written; ``died``: when its child was found dead, in ns.
+    ``ended``: its point is written; ``seen``: when its child last lived, and ``died``: when that
+    died, as near as is known; in ns.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class _Run:
         "goes_back",
         "id",
         "pid",
+        "seen",
         "stopped",
         "verdict",
     )
@@ -75,6 +77,7 @@ class _Run:
         self.pid = pid
         self.id = run_id
         self.began = began
+        self.seen = time.time_ns()
         self.facts = facts
         self.goes_back = goes_back
         self.ended = False
@@ -221,8 +224,13 @@ class Runs:
             return
         self._looked = now
         for pid in (*self._living, *(name[0] for name in self._early)):
-            if pid not in self._found and self._gone(pid):
-                self._found[pid] = time.time_ns()
+            run, at = self._living.get(pid), time.time_ns()
+            if not self._gone(pid):
+                if run:
+                    run.seen = at
+            elif pid not in self._found:
+                # In a busy worker this thread waits its turn: the last look may be long ago.
+                self._found[pid] = (run.seen + at) // 2 if run else at
         overdue = time.time_ns() - int(self._patience * 1e9)
         for name, verdict in list(self._early.items()):
             if verdict.at < overdue:

@@ -99,6 +99,17 @@ def test_a_killed_run_is_written_when_its_child_is_dead_and_celery_has_spoken(
     assert scene.runtimes == [pytest.approx(2, abs=0.2)]
 
 
+def test_a_child_that_was_not_looked_at_for_long_died_in_the_middle_of_that(scene: Scene) -> None:
+    scene.start(1, "a")
+    time.sleep(scene.runs.INTERVAL)
+    scene.runs.look()
+    time.sleep(0.6)  # the worker was busy
+    scene.die(1)
+    scene.judge(1, "a", "FAILURE")
+
+    assert scene.runtimes == [pytest.approx(scene.runs.INTERVAL + 0.3, abs=0.1)]
+
+
 def test_an_end_that_comes_after_the_verdict_counts_and_the_verdict_does_not(scene: Scene) -> None:
     scene.start(1, "a")
     scene.judge(1, "a", "FAILURE", "TimeLimitExceeded")
