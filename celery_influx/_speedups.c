@@ -68,11 +68,32 @@ enum {
     NAMES
 };
 static const char *const names[NAMES] = {
-    "celery_influx", "eta",      "retries",       "is_eager",    "hostname",
-    "delivery_info", "exchange", "routing_key",   "influx",      "acks_late",
-    "request_stack", "_local",   "__storage__",   "__ident_func__", "stack",
-    "__dict__",      "quick",    "_accept",       "heads",       "_owed",
-    "_impatient",    "name",     "task",          "task_id",     "state", "SUCCESS",
+    [HEADER_NAME] = "celery_influx",
+    [ETA] = "eta",
+    [RETRIES] = "retries",
+    [IS_EAGER] = "is_eager",
+    [HOSTNAME] = "hostname",
+    [DELIVERY_INFO] = "delivery_info",
+    [EXCHANGE] = "exchange",
+    [ROUTING_KEY] = "routing_key",
+    [INFLUX] = "influx",
+    [ACKS_LATE] = "acks_late",
+    [REQUEST_STACK] = "request_stack",
+    [LOCAL] = "_local",
+    [STORAGE] = "__storage__",
+    [IDENT] = "__ident_func__",
+    [STACK] = "stack",
+    [DICT] = "__dict__",
+    [QUICK] = "quick",
+    [ACCEPT] = "_accept",
+    [HEADS] = "heads",
+    [OWED] = "_owed",
+    [IMPATIENT] = "_impatient",
+    [CALLED] = "name",
+    [TASK] = "task",
+    [TASK_ID] = "task_id",
+    [RUN_STATE] = "state",
+    [SUCCESS] = "SUCCESS",
 };
 
 /* This module's, in this interpreter. */

@@ -224,13 +224,14 @@ class Runs:
             return
         self._looked = now
         for pid in (*self._living, *(name[0] for name in self._early)):
+            if pid in self._found:
+                continue
             run, at = self._living.get(pid), time.time_ns()
-            if not self._gone(pid):
-                if run:
-                    run.seen = at
-            elif pid not in self._found:
+            if self._gone(pid):
                 # In a busy worker this thread waits its turn: the last look may be long ago.
                 self._found[pid] = (run.seen + at) // 2 if run else at
+            elif run:
+                run.seen = at
         overdue = time.time_ns() - int(self._patience * 1e9)
         for name, verdict in list(self._early.items()):
             if verdict.at < overdue:

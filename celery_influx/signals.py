@@ -69,12 +69,13 @@ def attach(app: Celery) -> None:
     while a soft time limit that comes in here the task has as if it had come in its body.
     """
     go_on = app.loader.on_task_init
-    known: dict[int, Task[Any, Any]] = {}  # by identity, the tasks whose runs this app records
+    # By identity, the tasks whose runs this app records: for the extension.
+    known: dict[int, Task[Any, Any]] = {}
 
     def on_task_init(task_id: str, task: Task[Any, Any]) -> None:
         try:
             _begin(task_id, task)
-            influx = recorder(task)
+            influx = recorder(task) if extension and id(task) not in known else None
             if influx and influx is find(app):
                 known[id(task)] = task
         except SoftTimeLimitExceeded:
