@@ -63,6 +63,9 @@ def relay_sender(
     put: Callable[[builtins.bytes], bool],
     handler_of: Callable[[int], object],
 ) -> Callable[[Point], None]: ...
+def method(
+    function: Callable[..., Any], point: type[Point], slot: object
+) -> Callable[..., Any]: ...
 def take_lines(data: builtins.bytes, position: int) -> tuple[int, int, list[builtins.bytes]]: ...
 def run_line(
     head: str,

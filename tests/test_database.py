@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import inspect
 import logging
 import os
 import resource
@@ -15,8 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
+from unittest import mock
 
 import pytest
 
@@ -29,6 +32,7 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.relay import Relay, RelayEnd
 from celery_influx.runs import Runs
+from celery_influx.speedups import extension
 from celery_influx.stamps import Stamps, make_stamps
 from celery_influx.transports.http import HTTPClient
 from tests.servers import Influxd, free_port, wait_for
@@ -856,6 +860,95 @@ def test_who_has_kept_the_method_that_sends_may_use_it_after_a_close_and_a_fork(
     assert database.flush(5)
     assert account(database) == {"points": 17, "sent": 17}
     assert server.points(18) == [WHOLE] * 18
+
+
+class Watched(Database):
+    """A user's own, that looks at each point on its way."""
+
+    seen: ClassVar[list[object]] = []
+
+    def send_data(self, point: object) -> None:
+        self.seen.append(point)
+        super().send_data(point)
+
+
+class Subclassed(Point):
+    """A user's own."""
+
+
+def test_send_data_is_a_method_like_any_other(make, server: Server) -> None:
+    """With the extension, too, where it is called before anything of Python's is."""
+    assert str(inspect.signature(Database.send_data)) == "(self, point: 'object') -> 'None'"
+    assert inspect.isroutine(Database.send_data)
+    assert Database.send_data.__qualname__ == "Database.send_data"
+    assert (Database.send_data.__doc__ or "").startswith("Queue ``point`` for the next batch.")
+    database = make()
+    database.send_data(WHOLE)  # by which it starts
+    for call in (
+        lambda: database.send_data(point=WHOLE),
+        lambda: Database.send_data(database, WHOLE),
+        lambda: Database.send_data(database, point=WHOLE),
+        lambda: database.send_data(Subclassed(*WHOLE)),
+        lambda: methodcaller("send_data", WHOLE)(database),
+        partial(database.send_data, WHOLE),
+    ):
+        assert call() is None
+    assert database.flush(5)
+    assert server.points(7) == [WHOLE] * 7
+    for wrong in (
+        partial(database.send_data),
+        lambda: database.send_data(WHOLE, WHOLE),
+        lambda: database.send_data(points=WHOLE),
+        lambda: Database.send_data(WHOLE),
+    ):
+        with pytest.raises(TypeError, match=r"send_data\(\)"):
+            wrong()
+    with pytest.raises(AttributeError, match="_accept"):
+        Database.send_data(cast("Database", WHOLE), WHOLE)
+
+
+def test_send_data_may_be_patched_wrapped_and_overridden(make, server: Server) -> None:
+    database = make()
+    database.send_data(WHOLE)
+    with mock.patch.object(Database, "send_data") as patched:
+        database.send_data(WHOLE)
+        patched.assert_called_once_with(WHOLE)
+    with mock.patch.object(database, "send_data", autospec=True) as patched:
+        with pytest.raises(TypeError, match="too many"):
+            database.send_data(WHOLE, WHOLE)
+        database.send_data(WHOLE)
+        patched.assert_called_once_with(WHOLE)
+        assert database.close(5)  # and it stays patched
+        database.send_data(WHOLE)
+        assert patched.call_count == 2
+    database.send_data(WHOLE)
+    assert database.flush(5)
+    assert account(database) == {"points": 2, "sent": 2}
+    watched = Watched(database.options)
+    try:
+        for _ in range(3):
+            watched.send_data(WHOLE)
+        assert watched.flush(5)
+    finally:
+        watched.close(5)
+    assert Watched.seen == [WHOLE] * 3
+    assert server.points(5) == [WHOLE] * 5
+
+
+@pytest.mark.skipif(extension is None, reason="without the extension it is Python's")
+def test_a_point_is_sent_with_no_python_of_ours(make) -> None:
+    database = make()
+    database.send_data(WHOLE)
+    ran: list[str] = []
+    sys.setprofile(
+        lambda frame, event, _: ran.append(frame.f_code.co_name) if event == "call" else None
+    )
+    try:
+        for _ in range(3):
+            database.send_data(WHOLE)
+    finally:
+        sys.setprofile(None)
+    assert ran == []
 
 
 def test_a_forked_child_does_not_send_the_parents_points_again(influxd: Influxd, make) -> None:

@@ -353,6 +353,10 @@ def test_a_call_that_fails_is_made_again() -> None:
     assert way.cells[0] == 4
 
 
+class Slotted:
+    __slots__ = ("slot",)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -369,6 +373,10 @@ def test_a_call_that_fails_is_made_again() -> None:
             make_encode({}, 1, _speedups.Stamps(1), None, _speedups),
             *(_speedups.Buffer(1, 1), bytearray(7), 1, 1, len, len),
         ),
+        lambda: _speedups.method(len, Point, Slotted.slot),
+        lambda: _speedups.method(refuse, Point(*"abcd"), Slotted.slot),
+        lambda: _speedups.method(refuse, Point, Slotted.__init__),
+        lambda: _speedups.method(refuse, Point, type(refuse).__closure__),
         lambda: _speedups.Buffer(2**70, 1),
         lambda: _speedups.Stamps("1"),
     ],
@@ -377,6 +385,10 @@ def test_a_call_that_fails_is_made_again() -> None:
         "another clock",
         "cells that cannot be written",
         "no cell",
+        "no function",
+        "no class",
+        "no slot",
+        "another's slot",
         "limits",
         "slot",
     ],
