@@ -29,6 +29,7 @@ from opentelemetry.sdk.trace import TracerProvider
 import celery_influx.line_protocol
 from benchmarks.sink import Sink
 from benchmarks.table import Table, ratios, rotated, verdict
+from celery_influx import ordinary
 from celery_influx import signals as ours
 from tests.python_only import python_only
 
@@ -94,7 +95,7 @@ def _plugged(name: str, port: int, stack: ExitStack, *, in_pool: bool = False) -
     app = _app(name)
     app.conf.influx_databases = {"metrics": f"udp://127.0.0.1:{port}"}
     influx = celery_influx.install(app)
-    signals.task_postrun.disconnect(dispatch_uid="celery_influx._on_end")
+    signals.task_postrun.disconnect(dispatch_uid="celery_influx.on_task_end")
     if in_pool:
         influx.start_worker(HOST, "prefork")
     influx.start()
@@ -124,8 +125,13 @@ def _connected() -> Any:
 @contextmanager
 def _connected_python() -> Iterator[None]:
     again = (signals.task_postrun, ours._on_end_again)  # as in a pool child
-    with python_only(), _connect((signals.task_postrun, ours._on_end), again):
+    with python_only(), _connect((signals.task_postrun, _ENDED_BY_PYTHON), again):
         yield
+
+
+_ENDED_BY_PYTHON = ordinary.task_end(
+    ours._runs, ours._on_end, ours._on_end_again, ours._ended.append
+)
 
 
 def _empty() -> Any:

@@ -1,8 +1,8 @@
 /* The way of an ordinary point in C, from its dicts to the buffer: line_protocol.py's encoder,
 stamps.py's Stamps, buffer.py's Buffer, and database.py's `_send`, which joins them, or writes to
 relay.py's pipe in a pool child; reading lines back from there; and of a task's run
-under_way.py's Run, task_points.py's `run_line`, and of an ordinary one signals.py's `_begin` and
-`_on_end`, with what plugin.py and relay.py do for them.
+under_way.py's Run, task_points.py's `run_line`, and of an ordinary one what ordinary.py does, with
+what plugin.py and relay.py do for that.
 
 Whatever is out of the ordinary, and every error, is left to the Python it stands in for: so there
 is one rule, and this file holds none that Python does not. What must hold here, too:
@@ -1377,19 +1377,6 @@ static int make_ordinary(
     return *run == NULL ? BROKEN : DONE;
 }
 
-static PyObject *ordinary_run(PyObject *module, PyObject *const *args, Py_ssize_t count)
-{
-    if (count != 4 || !PyDict_CheckExact(args[3])) {
-        PyErr_SetString(PyExc_TypeError, "expected influx, task_id, name, a dict");
-        return NULL;
-    }
-    Run *run = NULL;
-    int came = make_ordinary(PyModule_GetState(module), args[0], args[1], args[2], args[3], &run);
-    if (came == RARE)
-        Py_RETURN_NONE;
-    return (PyObject *)run;
-}
-
 /* -- the point of a run -------------------------------------------------------------------------- */
 
 /* A name and a time in ns, as seconds. */
@@ -1610,7 +1597,7 @@ static PyObject *raised_again(Raised *raised)
     return NULL;
 }
 
-/* signals.py's `_begin` of an ordinary run; whether it is begun, or nothing is done yet. */
+/* ordinary.py's start; whether it is begun, or nothing is done yet. */
 static int quick_begin(State *state, PyObject *const *bound, PyObject *id, PyObject *task)
 {
     PyObject *const *name = state->names, *runs = bound[RUNS];
@@ -1698,7 +1685,7 @@ static void little_endian(char *to, uint64_t value, int bytes)
         *to++ = (char)(value & 255);
 }
 
-/* signals.py's `_on_end` of a run that succeeded; whether its point is written, or nothing is done
+/* ordinary.py's end; whether its point is written, or nothing is done
 yet. -1: it is written, and what was called then raised an exception. */
 static int quick_end(State *state, Run *run)
 {
@@ -1790,8 +1777,8 @@ static PyMethodDef task_init_def = {
     "As a loader's: a run starts."};
 
 static PyMethodDef task_end_def = {
-    "_on_end", (PyCFunction)(void (*)(void))on_task_end, METH_VARARGS | METH_KEYWORDS,
-    "_on_end($self, /, **said)\n--\n\nAs a receiver of task_postrun: a run has ended."};
+    "on_task_end", (PyCFunction)(void (*)(void))on_task_end, METH_VARARGS | METH_KEYWORDS,
+    "on_task_end($self, /, **said)\n--\n\nAs a receiver of task_postrun: a run has ended."};
 
 /* A function bound to the module and to what it is given. */
 static PyObject *bind(PyObject *module, PyObject *args, PyMethodDef *def, Py_ssize_t size)
@@ -1930,13 +1917,11 @@ static PyMethodDef methods[] = {
      "method(function, point, slot): a method that does what function would, of a point at once."},
     {"take_lines", take_lines, METH_VARARGS,
      "take_lines(data, position): position after the lines there, their database, the lines."},
-    {"ordinary_run", (PyCFunction)(void (*)(void))ordinary_run, METH_FASTCALL,
-     "ordinary_run(influx, task_id, name, request): the run of an ordinary message, or None."},
     {"run_line", (PyCFunction)(void (*)(void))run_line, METH_FASTCALL,
      "run_line(head, facts, runtime, cpu, stamps, unit): the line of a run's point."},
     {"task_init", task_init, METH_VARARGS,
      "task_init(runs, slow, tasks, app, go_on, passing): an on_task_init."},
-    {"task_end", task_end, METH_VARARGS, "task_end(runs, slow, again, ended): an _on_end."},
+    {"task_end", task_end, METH_VARARGS, "task_end(runs, slow, again, ended): an on_task_end."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -75,7 +75,6 @@ def run_line(
     stamps: Callable[[], int],
     unit: int,
 ) -> builtins.bytes: ...
-def ordinary_run(influx: Any, task_id: str, name: str, request: dict[str, Any]) -> Run | None: ...
 def task_init(
     runs: dict[int, Any],
     slow: Callable[[str, Any], None],

@@ -172,7 +172,7 @@ class Database(_Way):
             self._reject(error)
             return
         self._counters[POINTS] += 1
-        self._put(line)
+        self._put((line,))
 
     def send_line(self, line: bytes, wrong: Exception | None = None) -> None:
         """Queue a line of ``encode``'s, b"" for none.
@@ -181,7 +181,7 @@ class Database(_Way):
         """
         if line:
             self._counters[POINTS] += 1
-            self._put(line)
+            self._put((line,))
         if wrong:
             self._reject(wrong)
 
@@ -353,7 +353,7 @@ class Database(_Way):
         self._counters = counters
         self._account = account
         self._relay = relay
-        self._put = self._put_relay if relay else self._put_own
+        self._put = self._hand_over if relay else self._queue
         self._constant, self.stamps, self.heads = tags, stamps, {}
         # Last: other threads take it as the sign that all the rest is there.
         self._encode = Encoder(
@@ -484,6 +484,10 @@ class Database(_Way):
             fields,
         )
 
+    def _hand_over(self, lines: Sequence[bytes]) -> None:
+        for line in lines:
+            self._put_relay(line)
+
     def _put_relay(self, line: bytes) -> bool:
         taken = self._relay is not None and self._relay.put(line)
         if not taken:
@@ -500,9 +504,6 @@ class Database(_Way):
         self._report.warn(
             "relay", "%s: dropped a line: the worker did not take it in time", self.name
         )
-
-    def _put_own(self, line: bytes) -> None:
-        self._queue((line,))
 
     def _queue(self, lines: Sequence[bytes]) -> None:
         buffer = self._buffer

@@ -307,6 +307,10 @@ class Influx:
             if SoftTimeLimitExceeded in (type(error), type(error.__cause__)):
                 raise
             wrong = error
+        self.write_end(run, line, wrong)
+
+    def write_end(self, run: Run, line: bytes, wrong: Exception | None = None) -> None:
+        """Write the ``line`` of such a point, or b"" for what is ``wrong`` with it."""
         relay = self._child_relay
         if relay is None:
             run.over = True

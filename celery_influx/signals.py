@@ -28,13 +28,13 @@ from celery.exceptions import (
     TimeLimitExceeded,
 )
 
-from celery_influx import tasks
+from celery_influx import ordinary, tasks
 from celery_influx.counters import CLAMPED
 from celery_influx.plugin import Influx, at_exit, find, installed
 from celery_influx.runs import LOST
 from celery_influx.speedups import extension
 from celery_influx.task_points import Facts
-from celery_influx.under_way import Run, make_run, ordinary_run
+from celery_influx.under_way import Run, make_run
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,12 @@ def attach(app: Celery) -> None:
     while a soft time limit that comes in here the task has as if it had come in its body.
     """
     go_on = app.loader.on_task_init
-    # By identity, the tasks whose runs this app records: for the extension.
-    known: dict[int, Task[Any, Any]] = {}
+    known: dict[int, Task[Any, Any]] = {}  # those whose runs this app records
 
     def on_task_init(task_id: str, task: Task[Any, Any]) -> None:
         try:
             _begin(task_id, task)
-            influx = recorder(task) if extension and id(task) not in known else None
+            influx = recorder(task) if id(task) not in known else None
             if influx and influx is find(app):
                 known[id(task)] = task
         except SoftTimeLimitExceeded:
@@ -87,11 +86,9 @@ def attach(app: Celery) -> None:
             _unrecorded(task_id, task.request)
         go_on(task_id, task)
 
-    if extension:
-        on_task_init = extension.task_init(
-            _runs, on_task_init, known, app, go_on, (SoftTimeLimitExceeded,)
-        )
-    app.loader.on_task_init = on_task_init  # type: ignore[method-assign]
+    app.loader.on_task_init = quickest.task_init(  # type: ignore[method-assign]
+        _runs, on_task_init, known, app, go_on, (SoftTimeLimitExceeded,)
+    )
 
 
 def _on_publish(headers: dict[str, Any] | None = None, body: object = None, **_: Any) -> None:
@@ -148,12 +145,7 @@ def _begin(task_id: str, task: Task[Any, Any]) -> None:
     request = task.request_stack.top or task.request
     run = _runs.get(id(request))
     if run is None:
-        if not influx.options.task_ids:
-            run = ordinary_run(influx, task_id, task.name, request.__dict__)
-        if run is None:
-            run = _run_of(influx, task, task_id, request)
-        else:
-            _keep(run, request)
+        run = _run_of(influx, task, task_id, request)
     elif run.clock:
         return
     if not run.is_eager:
@@ -272,7 +264,7 @@ def guard() -> None:
     It may come wherever Python code runs, and Celery swallows what a receiver raises. So what was
     not done at a run's end is done by one more receiver, for the limit comes only once.
     """
-    if on_task_end is _on_end:  # the extension's calls it by itself
+    if quickest is ordinary:  # the extension's calls it by itself
         signals.task_postrun.connect(_on_end_again, weak=False, dispatch_uid="celery_influx._guard")
 
 
@@ -283,9 +275,8 @@ def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
 
 
 #: As quick as can be here. Both are held to the same tests.
-on_task_end: Callable[..., None] = (
-    extension.task_end(_runs, _on_end, _on_end_again, _ended.append) if extension else _on_end
-)
+quickest: Any = extension or ordinary
+on_task_end: Callable[..., None] = quickest.task_end(_runs, _on_end, _on_end_again, _ended.append)
 
 
 #: What a task says of its run by raising it.

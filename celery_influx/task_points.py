@@ -63,6 +63,10 @@ def run_line(
     ``head``: its escaped measurement and tags, and a space; ``unit``: of its time, in ns.
     """
     _, retries, wait, age, _ = facts
+    if age is None and cpu is not None and wait is not None and runtime + cpu + wait < _NS:
+        # Nearly all are such; and `%` is quicker at digits than an f-string.
+        text = "%sruntime=0.%09d,retries=%di,cpu=0.%09d,wait=0.%09d %d"
+        return (text % (head, runtime, retries, cpu, wait, stamps() // unit)).encode()
     text = f"{head}runtime={_seconds(runtime)},retries={retries}i"
     if cpu is not None:
         text = f"{text},cpu={_seconds(cpu)}"

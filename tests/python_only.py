@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from celery_influx import database, line_protocol, plugin, relay, signals
+from celery_influx import database, line_protocol, ordinary, plugin, relay, signals
 from celery_influx.buffer import Buffer
 from celery_influx.stamps import Stamps
 from celery_influx.task_points import run_line
@@ -19,9 +19,9 @@ _PARTS = {
     (database, "make_stamps"): Stamps,
     (plugin, "make_stamps"): Stamps,
     (plugin, "quick_run_line"): run_line,
-    (signals, "extension"): None,
+    (ordinary, "quick_run_line"): run_line,
     (signals, "make_run"): Run,
-    (signals, "ordinary_run"): lambda *_: None,
+    (signals, "quickest"): ordinary,
 }
 
 

@@ -47,6 +47,7 @@ BANDS = {
     "celery_influx.database": IO,
     "celery_influx.plugin": CELERY,
     "celery_influx.bootstep": CELERY,
+    "celery_influx.ordinary": CELERY,
     "celery_influx.signals": CELERY,
     "celery_influx.verdicts": CELERY,
     "celery_influx.timing": CELERY,

@@ -1,4 +1,4 @@
-"""A run's start and end as the extension writes them by itself: the same as Python does."""
+"""A run's start and end at once, by the extension or without it: the same as step by step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gc
 import itertools
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -29,7 +29,7 @@ from tests.test_relay import exit_code, fork
 from tests.test_soft_limits import OURS
 from tests.test_under_way import SAID
 
-pytestmark = pytest.mark.skipif(not extension, reason="without it there is one way only")
+IN_C = pytest.mark.skipif(not extension, reason="the extension's own")
 
 #: In the worker itself, as with threads, or in a child of its pool.
 WHERE = pytest.mark.parametrize("in_child", [False, True], ids=["worker", "pool child"])
@@ -119,10 +119,10 @@ def test_whatever_a_message_says_and_a_run_comes_to_the_point_is_the_same(
 
 
 def differ(receiver: Receiver, other_receiver: Receiver, *, in_child: bool) -> int:
-    """Run them all with the extension, and without; how many, or AssertionError."""
+    """Run them all at once, and step by step in Python; how many, or AssertionError."""
     found = []
-    for each, python in ((receiver, False), (other_receiver, True)):
-        with python_only() if python else nullcontext():
+    for each, slowly in ((receiver, False), (other_receiver, True)):
+        with step_by_step() if slowly else nullcontext():
             process = Process(each, in_child=in_child)
 
             def work(process: Process = process) -> None:
@@ -139,13 +139,29 @@ def differ(receiver: Receiver, other_receiver: Receiver, *, in_child: bool) -> i
     return len(RUNS)
 
 
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """No run is an ordinary one; nor does the extension do anything."""
+    with python_only(), pytest.MonkeyPatch.context() as patch:
+        never = property(lambda _: None, lambda *_: None)
+        patch.setattr(Influx, "quick", never, raising=False)
+        yield
+
+
 def said_by(point: Point) -> tuple[Any, ...]:
     """All of a point but its times."""
     return point.tags, point.fields["retries"], sorted(point.fields)
 
 
+#: Functions of ours that an ordinary run takes: without the extension these, and of each part one.
+TAKEN = {"on_task_init", "on_task_end"}
+NOT_TAKEN = {"_begin", "_on_end", "_run_of", "_published", "facts_of", "end_run", "_line_of"}
+
+
 @WHERE
-def test_an_ordinary_run_takes_no_python_of_ours(in_child: bool, receiver: Receiver) -> None:
+def test_an_ordinary_run_takes_as_few_functions_as_can_be(
+    in_child: bool, receiver: Receiver
+) -> None:
     process = Process(receiver, in_child=in_child)
     seen: list[str] = []
 
@@ -161,7 +177,12 @@ def test_an_ordinary_run_takes_no_python_of_ours(in_child: bool, receiver: Recei
                 process.run()
             finally:
                 sys.setprofile(None)
-        assert not seen
+        if extension:
+            assert not seen
+        else:
+            assert set(seen) >= TAKEN
+            assert not NOT_TAKEN.intersection(seen)
+            assert len(seen) <= 3 * (22 if in_child else 12)
         sys.setprofile(profile)
         try:
             process.run(retries=1)
@@ -262,6 +283,7 @@ def test_a_hook_above_ours_may_name_what_it_gives(receiver: Receiver) -> None:
     assert [point.tags["state"] for point in points if point.tags] == ["SUCCESS", "SUCCESS"]
 
 
+@IN_C
 def test_what_ends_the_process_is_let_out_at_a_runs_end(receiver: Receiver) -> None:
     """Celery swallows of what a receiver raises only an ``Exception``."""
     assert extension
@@ -300,6 +322,7 @@ def test_what_ends_the_process_is_let_out_at_a_runs_end(receiver: Receiver) -> N
     assert done == [{"task": process.task}] * 2
 
 
+@IN_C
 def test_a_finaliser_may_change_a_message_while_it_is_read(receiver: Receiver) -> None:
     """Before Python 3.12 memory is collected wherever some is asked for."""
     process = Process(receiver, in_child=False)
@@ -349,6 +372,7 @@ def test_no_run_is_written_while_the_plugin_is_not_the_apps(receiver: Receiver) 
     assert len(receiver.points("celery_task", at_least=2)) == 2
 
 
+@IN_C
 @pytest.mark.parametrize("given", [(), ({},), ([], 1, 2, 3), ({}, 1, 2, 3, 4, 5, 6)])
 def test_it_wants_what_it_wants(given: tuple[Any, ...]) -> None:
     assert extension

@@ -76,11 +76,13 @@ class Limit:
 class Child:
     """A worker and its one child, which runs a task whose time is up at one place after another.
 
-    ``in_python``: the ends of its runs are written by Python, be there an extension or not.
+    ``kind`` of its runs: ``ordinary``, or else each has another number of retries, and all is done
+    ``step by step``; or ``mixed``: only their starts are.
     """
 
-    def __init__(self, url: str, folder: Path, *, in_python: bool) -> None:
-        self.in_python = in_python
+    def __init__(self, url: str, folder: Path, *, kind: str) -> None:
+        self.at_once = kind == "ordinary"
+        self.mixed = kind == "mixed"
         self.app = Celery("app", broker="memory://", set_as_current=False)
         self.app.conf.influx_databases = {"main": url}
         self.influx = celery_influx.install(self.app)
@@ -89,7 +91,7 @@ class Child:
 
         @self.app.task(name="t", bind=True, shared=False, ignore_result=True)
         def task(task: Any) -> None:
-            self._ran.append(task.request.retries)
+            self._ran.append(int(task.request.id))
 
         self.app.finalize()
         self.influx.start_worker("worker@host", "prefork")
@@ -115,10 +117,13 @@ class Child:
         trace = build_tracer("t", self.app.tasks["t"], app=self.app)
         found: dict[int, bool] = {}
         for number in range(first, first + most):
+            if self.at_once:  # so that there has been one of its queue
+                trace(str(number), (), {}, request_of(number, ordinary=True))
+                self._ran.clear()
             limit = Limit(number)
             sys.settrace(limit)
             try:
-                trace(str(number), (), {}, request_of(number))
+                trace(str(number), (), {}, request_of(number, ordinary=self.at_once))
             finally:
                 sys.settrace(None)
             found[number] = number in self._ran
@@ -130,31 +135,29 @@ class Child:
         self.influx.leave_pool()
 
 
-def request_of(number: int) -> dict[str, Any]:
-    """A message that its point shows by ``retries``; from the future, so that it is counted."""
-    stamp = time.time_ns() + 10**12
+def request_of(number: int, *, ordinary: bool) -> dict[str, Any]:
+    """A message that its point shows by its queue; or by ``retries`` and a time to come."""
+    stamp = time.time_ns() + (0 if ordinary else 10**12)  # the latter is counted
     return {
         "id": str(number),
         "hostname": "worker@host",
-        "delivery_info": {"exchange": "", "routing_key": "celery"},
-        "retries": number,
+        "delivery_info": {"exchange": "", "routing_key": f"q{number}" if ordinary else "celery"},
+        "retries": 0 if ordinary else number,
         HEADER: f"1;{stamp};{stamp}",
     }
 
 
-@pytest.fixture(params=[True, False], ids=["in Python", "by the extension"])
+@pytest.fixture(params=["step by step", "mixed"])
 def child(
     request: pytest.FixtureRequest,
     receiver: Receiver,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Child]:
-    if request.param:
+    if request.param == "step by step":
         never = property(lambda _: None, lambda *_: None)
         monkeypatch.setattr(Influx, "quick", never, raising=False)
-    elif not extension:
-        pytest.skip("without the extension there is one way only")
-    made = Child(receiver.url, tmp_path, in_python=request.param)
+    made = Child(receiver.url, tmp_path, kind=request.param)
     yield made
     made.influx.close(5)
 
@@ -165,7 +168,9 @@ def ends(points: list[Point]) -> dict[int, list[tuple[str, str | None]]]:
     for point in points:
         assert point.tags
         end = point.tags["state"], point.tags.get("exception")
-        found.setdefault(point.fields["retries"], []).append(end)
+        queue = point.tags["queue"].removeprefix("q")
+        number = int(queue) if queue.isdigit() else point.fields["retries"]
+        found.setdefault(number, []).append(end)
     return found
 
 
@@ -182,10 +187,27 @@ def test_wherever_it_comes_the_run_has_one_point_and_the_task_its_limit(
     assert ends(points) == {number: EXPECTED[ran] for number, ran in runs.items()}
     places = Counter(runs.values())  # before the task's body, and after it
     assert places[False] > 50
-    assert places[True] > (50 if child.in_python else 1)
+    assert places[True] > (1 if extension and child.mixed else 50)
     account = child.influx.stats()["main"]
     assert account["points"] == account["sent"] == len(runs)
     assert len(runs) - 20 < account["clamped"] <= len(runs)  # it came before some were counted
+
+
+@pytest.mark.skipif(bool(extension), reason="in the extension it comes nowhere")
+@pytest.mark.parametrize("child", ["ordinary"], indirect=True)
+def test_wherever_it_comes_so_has_an_ordinary_run(child: Child, receiver: Receiver) -> None:
+    runs = child.run()
+
+    assert child.influx.close(5)
+    points = receiver.points("celery_task", at_least=2 * len(runs))
+    before = EXPECTED[True]
+    assert ends(points) == {number: before + EXPECTED[ran] for number, ran in runs.items()}
+    places = Counter(runs.values())
+    assert places[False] > 30
+    assert places[True] > 30
+    account = child.influx.stats()["main"]
+    assert account["points"] == account["sent"] == 2 * len(runs)
+    assert account["clamped"] == 0
 
 
 def test_so_it_is_in_the_first_run_of_a_child(child: Child, receiver: Receiver) -> None:
