@@ -14,6 +14,7 @@ PARTS = {
     "batcher": "batcher",
     "stalls": "stalls",
     "influxd": "influxd",
+    "udp": "udp",
     "worker": "worker",
     "import": "import_time",
 }

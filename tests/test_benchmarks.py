@@ -66,11 +66,19 @@ def test_send_data_is_measured_beside_every_peer():
             r"µs, 99.9th percentile: [0-9.]+, bound ≤ 1000",
         ),
         (
-            *("influxd", 5_000, {"HTTP", "HTTP, gzip"}),  # it raises where a point is not stored
+            *(
+                "influxd",
+                5_000,
+                {"HTTP", "http.client, bodies made before"},
+            ),  # it raises where a point is not stored
             r"points/s over HTTP: [0-9.]+, bound ≥ 250000",
         ),
+        (
+            *("udp", 1, {"50,000 points/s for 1 s", "300,000 points/s for 1 s"}),
+            r"% stored at 300,000 points/s, the worst: [0-9.]+, bound ≥ 100",
+        ),
     ],
-    ids=["task", "relay", "batcher", "stalls", "influxd"],
+    ids=["task", "relay", "batcher", "stalls", "influxd", "udp"],
 )
 def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[str], bound: str):
     load("opentelemetry.instrumentation.celery")
@@ -120,6 +128,6 @@ def test_an_unknown_part_is_named_with_those_there_are():
 
     assert done.returncode == 2
     assert (
-        "no part wroker; expected one of send_data, task, relay, batcher, stalls, influxd, worker, import"
+        "no part wroker; expected one of send_data, task, relay, batcher, stalls, influxd, udp, worker, import"
         in done.stderr
     )
