@@ -75,6 +75,7 @@ class Batcher:
         # Not an Event or a Condition, for these have a lock inside: see `Buffer`. Whoever waits
         # acquires a lock for the second time, and is woken by its release.
         self._wanted = False
+        self._hurried = False  # somebody waits for what is to be tried again
         self._doze = _held()
         self._flushes: list[threading.Lock] = []
         # Lines taken from the buffer whose fate is known, and of these, the ones that did not go
@@ -100,6 +101,7 @@ class Batcher:
         deadline = time.monotonic() + timeout
         target = buffer.put_lines
         failures = buffer.dropped + self._settled[1]
+        self._hurried = True
         self.wake()
         progress = _held()
         self._flushes.append(progress)
@@ -121,6 +123,7 @@ class Batcher:
             self._last = self._buffer.put_lines
             self._failed_before = self._settled[1]
             self._deadline = deadline
+            self._hurried = True
         _wake(self._doze)
 
     def close(self, timeout: float) -> bool:
@@ -140,6 +143,8 @@ class Batcher:
             self._last = sys.maxsize
             self._deadline = min(self._deadline or 0, time.monotonic() + self.AFTERWARDS)
             self._drain()
+            self._delivery.lose()
+            self._settle()
         dropped = self._buffer.clear()
         self._counters[DROPPED] += dropped
         self._wake_flushes()
@@ -170,14 +175,19 @@ class Batcher:
     def _is_over(self) -> bool:
         if self._deadline is None:
             return False
-        done = self._settled[0] + self._buffer.dropped >= self._last
-        return done or time.monotonic() >= self._deadline
+        if self._settled[0] + self._buffer.dropped >= self._last:
+            return True
+        left = self._deadline - time.monotonic()
+        # There is no use in a wait for an attempt that comes too late.
+        return left <= 0 or (self._delivery.wait > left and not self._hurried)
 
     def _run(self) -> None:
         while self._deadline is None:
             self._doze.acquire(timeout=self._flush_interval)
             self._wanted = False
             self._drain()
+        self._delivery.lose()
+        self._settle()
         self._close_transport()
 
     def _close_transport(self) -> None:
@@ -188,36 +198,59 @@ class Batcher:
 
     def _drain(self) -> None:
         """Send until nothing waits; in the end, until all is out that waited at ``close``."""
+        delivery = self._delivery
         more = True
         while more and not self._is_over():
             lists: list[list[bytes]] = []
-            taken = too_long = sent = 0
+            before = self._buffer.taken
             try:
-                max_bytes = self._delivery.max_bytes
-                for _ in range(self._delivery.burst):
-                    lines, discarded = self._buffer.take(self._batch_size, max_bytes)
-                    taken += len(lines)
-                    too_long += discarded
-                    if not lines:
-                        break
-                    lists.append(lines)
-                more = bool(taken or too_long)
-                self._give_way()  # taking 5,000 lines takes 2 ms; sending them, as many again
-                if too_long:
-                    self._delivery.reject(too_long)
-                if lists and self._delivery.deliver(*lists):
-                    sent = taken
+                if delivery.held:
+                    self._await_next_attempt()
+                    if not self._is_over():
+                        delivery.retry()
+                else:
+                    self._deliver_next(lists)
+                    more = self._buffer.taken > before
             except BaseException:  # noqa: BLE001 - a thread that dies takes every later point along
-                self._delivery.give_up(taken)
+                more = bool(delivery.held) or self._buffer.taken > before
+                delivery.give_up(lists)
                 self._report.warn(
                     "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True
                 )
-                more = bool(taken)
-            settled, failed = self._settled
-            count = taken + too_long
-            self._settled = settled + count, failed + count - sent
-            self._wake_flushes()
+            self._settle()
             self._give_way()
+
+    def _deliver_next(self, lists: list[list[bytes]]) -> None:
+        """Take the next lines; ``lists`` has those that are not yet delivered."""
+        delivery = self._delivery
+        max_bytes = delivery.max_bytes
+        for _ in range(delivery.burst):
+            lines, too_long = self._buffer.take(self._batch_size, max_bytes)
+            if too_long:
+                delivery.reject(too_long)
+            if not lines:
+                break
+            lists.append(lines)
+        self._give_way()  # taking 5,000 lines takes 2 ms; sending them, as many again
+        if lists:
+            given = tuple(lists)
+            lists.clear()
+            self._hurried = False
+            delivery.deliver(*given)
+
+    def _await_next_attempt(self) -> None:
+        """Until it is due, or must be now, or no time is left."""
+        while self._delivery.wait and not self._is_over():
+            if self._hurried:
+                self._hurried = False
+                self._delivery.hurry()
+                continue
+            self._doze.acquire(timeout=self._delivery.wait)
+            self._wanted = False
+
+    def _settle(self) -> None:
+        self._settled = self._buffer.taken - self._delivery.held, self._delivery.failed
+        self._wake_flushes()
 
     def _wake_flushes(self) -> None:
         for progress in tuple(self._flushes):

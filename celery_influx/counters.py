@@ -22,10 +22,27 @@ COUNTERS = {
     "bytes": "bytes of those payloads",
     "left_out": "fields that were NaN or infinite and left out",
     "clamped": "waits that clock skew made negative, written as 0",
+    "errors_no_answer": "of the errors over HTTP: nobody there, or not in time",
+    "errors_busy": "the server cannot now: 408, 425, 429, 5xx",
+    "errors_access": "somebody must mend something: 401, 403, 404, TLS",
+    "errors_refused": "what was sent was not taken: all others",
 }
-(POINTS, SENT, DROPPED, LOST, REJECTED, ERRORS, PAYLOADS, BYTES, LEFT_OUT, CLAMPED) = range(
-    len(COUNTERS)
-)
+(
+    POINTS,
+    SENT,
+    DROPPED,
+    LOST,
+    REJECTED,
+    ERRORS,
+    PAYLOADS,
+    BYTES,
+    LEFT_OUT,
+    CLAMPED,
+    ERRORS_NO_ANSWER,
+    ERRORS_BUSY,
+    ERRORS_ACCESS,
+    ERRORS_REFUSED,
+) = range(len(COUNTERS))
 
 
 class Counters:

@@ -378,7 +378,14 @@ class Database(_Way):
             self._opening = True
             try:
                 self._transport = self._transport or open_transport(self.options)
-                delivery = Delivery(self.name, self._transport, self._counters, self._report)
+                delivery = Delivery(
+                    self.name,
+                    self._transport,
+                    self._counters,
+                    self._report,
+                    retry_age=self.options.retry_age,
+                    retry_tries=self.options.retry_tries,
+                )
                 quickest = self._quickest()
                 self._batcher = Batcher(
                     self.name,

@@ -41,11 +41,15 @@ class SendError(InfluxError):
 
     Attributes:
         cause: A short, stable word to count by, such as ``"ECONNREFUSED"`` or ``"404"``.
+        retry_after: Seconds for which the server asked to be left alone; ``None``: it did not.
     """
 
-    def __init__(self, message: str, cause: str = "error") -> None:
+    def __init__(
+        self, message: str, cause: str = "error", retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.cause = cause
+        self.retry_after = retry_after
 
 
 class QueryError(InfluxError):

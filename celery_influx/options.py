@@ -222,6 +222,21 @@ class DatabaseOptions:
         at_most=600,
         ex_flux="`http_opts` `timeout` | 5 s | Same; holds for connecting and reading.",
     )
+    retry_age: float = option(
+        3600.0,
+        "Over HTTP, how long a batch is tried again after its first failed attempt, at growing "
+        "intervals of at most 30 s, while newer points wait in the queue. 0: never.",
+        unit="s",
+        at_least=0,
+        at_most=604_800,
+    )
+    retry_tries: int = option(
+        10,
+        "Most attempts at a batch that the server answers by 408, 425, 429 or 5xx: some answer so "
+        "what they will never take.",
+        at_least=1,
+        at_most=1_000_000,
+    )
     gzip: bool = option(
         False,
         "Compress what is sent over HTTP: an eighth of the bytes, for twice the CPU time. For "

@@ -734,7 +734,8 @@ def hung() -> Iterator[Hung]:
 def test_closed_while_the_server_hangs_it_ends_in_time_and_opens_anew(
     make, hung: Hung, server: Server
 ) -> None:
-    database = make(transport="http", http_port=hung.port, http_timeout=2.0, batch_size=1)
+    options = {"transport": "http", "http_port": hung.port, "http_timeout": 2.0, "retry_age": 0.0}
+    database = make(**options, batch_size=1)
     database.send_data([WHOLE] * 3)
     wait_for(lambda: account(database).get("queued", 0) == 3 and len(database._buffer) == 2, 5)
 
@@ -749,6 +750,63 @@ def test_closed_while_the_server_hangs_it_ends_in_time_and_opens_anew(
     assert isinstance(database._transport, HTTPClient)
     wait_for(lambda: account(database).get("queued", 0) == 0, 10)
     assert account(database) == {"points": 4, "dropped": 2, "lost": 2}
+
+
+def test_what_a_server_that_is_away_did_not_take_it_has_when_it_is_back(
+    make, tmp_path: Path
+) -> None:
+    """The batch that was tried first, and of the others the newest that found room."""
+    server = Influxd(tmp_path)
+    database = make(
+        transport="http",
+        http_port=server.http_port,
+        database=server.udp_database,
+        queue_size=50,
+        batch_size=10,
+    )
+    points = [Point("away", {"number": number}, None, T0 + number) for number in range(200)]
+    database.send_data(points[:10])
+    assert database.flush(0.3) is False
+    assert account(database) == {"points": 10, "queued": 10}
+    for point in points[10:]:
+        database.send_data(point)
+    assert database.flush(0.1) is False
+    assert account(database) == {"points": 200, "dropped": 140, "queued": 60}
+
+    with server:
+        assert database.flush(20)
+
+        assert account(database) == {"points": 200, "dropped": 140, "sent": 60}
+        stored = [row["number"] for row in server.rows("away")]
+        assert stored == [*range(10), *range(150, 200)]
+        assert database.stats()["errors_no_answer"] > 0
+
+
+def test_closed_while_the_server_is_away_it_tries_at_once_and_counts_what_it_could_not_send(
+    make, tmp_path: Path
+) -> None:
+    server = Influxd(tmp_path)
+    database = make(
+        transport="http",
+        http_port=server.http_port,
+        database=server.udp_database,
+        batch_size=10,
+    )
+    database.send_data([WHOLE] * 25)
+    assert database.flush(0.1) is False
+    errors = database.stats()["errors"]
+
+    begin = time.monotonic()
+    assert database.close(0.5) is False
+    assert time.monotonic() - begin < 5
+    assert account(database) == {"points": 25, "lost": 10, "dropped": 15}
+    assert database.stats()["errors"] > errors
+
+    database.send_data(WHOLE)
+    assert database.flush(0.1) is False
+    with server:
+        assert database.close(20)
+        assert account(database) == {"points": 26, "lost": 10, "dropped": 15, "sent": 1}
 
 
 @contextlib.contextmanager

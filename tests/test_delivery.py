@@ -1,19 +1,24 @@
-"""Delivery: one attempt, and the account of what came of it."""
+"""Delivery: what an attempt comes to, what is tried again and when, and the account of it."""
 
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from celery_influx.counters import COUNTERS, Counters
-from celery_influx.delivery import Delivery
+from celery_influx.delivery import Delivery, Fate, fate_of
 from celery_influx.errors import SendError
 from celery_influx.report import Report
 
 
 class Recorder:
     """A transport that keeps what it was given, and answers with ``answer``."""
+
+    confirms = False
 
     def __init__(self, answer: int | Exception = 0, address: str = "udp://here:1") -> None:
         self.answer = answer
@@ -50,7 +55,7 @@ def test_lines_go_out_as_one_payload_and_are_counted_as_sent() -> None:
     transport = Recorder()
     sender, counters = delivery(transport)
 
-    assert sender.deliver([b"a f=1", b"b f=1"]) is True
+    sender.deliver([b"a f=1", b"b f=1"])
 
     assert transport.payloads == [b"a f=1\nb f=1"]
     assert counted(counters) == {"sent": 2, "payloads": 1, "bytes": 11}
@@ -60,9 +65,9 @@ def test_several_payloads_at_once_are_counted_each() -> None:
     transport = Recorder()
     sender, counters = delivery(transport)
 
-    assert sender.deliver([b"a f=1", b"b f=1"], [b"c f=1"]) is True
+    sender.deliver([b"a f=1", b"b f=1"], [b"c f=1"])
     transport.answer = SendError("udp://here:1 refused it; mend it so", "ECONNREFUSED")
-    assert sender.deliver([b"a f=1"], [b"c f=1"]) is False
+    sender.deliver([b"a f=1"], [b"c f=1"])
 
     assert transport.payloads[:2] == [b"a f=1\nb f=1", b"c f=1"]
     assert counted(counters) == {"sent": 3, "payloads": 2, "bytes": 16, "lost": 2, "errors": 1}
@@ -74,8 +79,9 @@ def test_a_failed_attempt_is_counted_as_lost_and_said_with_its_reason(
     transport = Recorder(SendError("udp://here:1 refused it; mend it so", "ECONNREFUSED"))
     sender, counters = delivery(transport)
 
-    assert sender.deliver([b"a", b"b", b"c"]) is False
+    sender.deliver([b"a", b"b", b"c"])
 
+    assert sender.failed == 3
     assert counted(counters) == {"lost": 3, "errors": 1}
     assert caplog.messages == ["metrics: udp://here:1 refused it; mend it so; 3 lines lost"]
 
@@ -98,8 +104,9 @@ def test_what_the_server_rejected_is_counted_so_and_the_rest_as_sent(
     transport.rejection = "points beyond retention policy"
     sender, counters = delivery(transport)
 
-    assert sender.deliver([b"a", b"b", b"c"]) is False
+    sender.deliver([b"a", b"b", b"c"])
 
+    assert sender.failed == 2
     assert counted(counters) == {"sent": 1, "rejected": 2, "payloads": 1, "bytes": 5}
     assert caplog.messages == [
         "metrics: the server rejected 2 of 3 lines: points beyond retention policy"
@@ -140,8 +147,9 @@ def test_lines_longer_than_a_payload_are_counted_as_rejected_with_the_mend(
 def test_lines_given_up_are_counted_as_lost() -> None:
     sender, counters = delivery(Recorder())
 
-    sender.give_up(4)
+    sender.give_up([[b"a", b"b"], [b"c", b"d"]])
 
+    assert sender.failed == 4
     assert counted(counters) == {"lost": 4, "errors": 1}
 
 
@@ -154,3 +162,393 @@ def test_the_limit_is_the_transports_and_closing_closes_it() -> None:
 
     assert sender.max_bytes == 77
     assert transport.closed == 1
+
+
+# -- what is tried again -----------------------------------------------------------------------
+
+
+class Server:
+    """A transport that confirms. It answers what ``answers`` say, one after another, then 0.
+
+    Or ``judge`` says what of each payload's lines.
+    """
+
+    confirms = True
+    address = "http://here:1/db"
+    max_bytes, burst = 10_000, 1
+    rejection = "its words"
+
+    def __init__(self, *answers: int | Exception) -> None:
+        self.answers = list(answers)
+        self.judge: Callable[[list[bytes]], int] | None = None
+        self.payloads: list[bytes] = []
+        self.stored: list[bytes] = []
+
+    def write(self, *payloads: bytes) -> int:
+        (payload,) = payloads
+        self.payloads.append(payload)
+        lines = payload.split(b"\n")
+        answer = self.answers.pop(0) if self.answers else 0
+        if isinstance(answer, Exception):
+            raise answer
+        if self.judge:
+            answer = self.judge(lines)
+        self.stored += lines[answer:]
+        return answer
+
+    def abandon(self) -> None:
+        """Not used here."""
+
+    def close(self) -> None:
+        """Nor is this."""
+
+
+class Scene:
+    """A delivery to a ``Server``, and a clock that goes on by hand."""
+
+    def __init__(self, server: Server, *, age: float = 600.0, tries: int = 4) -> None:
+        self.server = server
+        self.counters = Counters(1)
+        self.now = 1_000.0
+        self.share = 1.0
+        self.delivery = Delivery(
+            "metrics",
+            server,
+            self.counters.row(0),
+            Report(logging.getLogger("tests.delivery"), clock=lambda: self.now),
+            retry_age=age,
+            retry_tries=tries,
+            clock=lambda: self.now,
+            spread=lambda: self.share,
+        )
+
+    def go_on(self, most: int = 1_000) -> list[float]:
+        """Try as often as there is something to try; the waits before."""
+        waits = []
+        while self.delivery.held and len(waits) < most:
+            waits.append(round(self.delivery.wait, 3))
+            self.now += self.delivery.wait
+            assert self.delivery.wait == 0
+            self.delivery.retry()
+        return waits
+
+    def counted(self) -> dict[str, int]:
+        found = counted(self.counters)
+        found.pop("bytes", None)
+        return found
+
+
+def failure(cause: str, retry_after: float | None = None) -> SendError:
+    return SendError(f"it said {cause}; mend it so", cause, retry_after)
+
+
+BATCH = [b"a f=1", b"b f=1", b"c f=1"]
+
+
+@pytest.mark.parametrize(
+    ("causes", "fate"),
+    [
+        (["timeout", "dns", "connection", "ECONNREFUSED", "EPIPE", "ENETUNREACH"], Fate.NO_ANSWER),
+        (["408", "425", "429", "500", "502", "503", "504", "507"], Fate.BUSY),
+        (["401", "403", "404", "tls"], Fate.ACCESS),
+        (["conflict"], Fate.AGAIN),
+        (["400", "413", "422"], Fate.SPLIT),
+        (["405", "301", "308", "402", "410", "418", "200"], Fate.FINAL),
+    ],
+)
+def test_each_cause_has_its_fate(causes: list[str], fate: Fate) -> None:
+    assert [fate_of(cause) for cause in causes] == [fate] * len(causes)
+
+
+@pytest.mark.parametrize(
+    ("cause", "counter"),
+    [
+        ("ECONNREFUSED", "errors_no_answer"),
+        ("503", "errors_busy"),
+        ("404", "errors_access"),
+    ],
+)
+def test_what_may_pass_is_tried_again_until_it_has_passed(
+    cause: str, counter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(Server(*[failure(cause)] * 3))
+
+    scene.delivery.deliver(BATCH)
+    assert scene.delivery.held == 3
+    assert scene.counted() == {"errors": 1, counter: 1}
+    scene.go_on()
+
+    assert scene.server.stored == BATCH
+    assert scene.delivery.held == scene.delivery.failed == 0
+    assert scene.counted() == {"sent": 3, "payloads": 1, "errors": 3, counter: 3}
+    assert len(caplog.messages) == (2 if cause == "404" else 1)  # a minute has passed
+    assert caplog.messages[0].startswith(f"metrics: it said {cause}; mend it so; 3 lines are tried")
+
+
+def test_waits_grow_by_two_up_to_half_a_minute_and_are_random() -> None:
+    scene = Scene(Server(*[failure("dns")] * 9))
+    scene.delivery.deliver(BATCH)
+    assert scene.go_on() == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+    scene = Scene(Server(*[failure("dns")] * 3))
+    scene.share = 0.25
+    scene.delivery.deliver(BATCH)
+    assert scene.go_on() == [0.125, 0.25, 0.5]
+
+    scene.server.answers = [failure("dns")] * 2  # the next batch begins anew
+    scene.share = 0.0
+    scene.delivery.deliver(BATCH)
+    assert scene.go_on() == [0.01, 0.01]
+
+
+def test_what_somebody_must_mend_is_tried_at_long_intervals() -> None:
+    scene = Scene(Server(*[failure("401")] * 20))
+    scene.share = 0.0
+    scene.delivery.deliver(BATCH)
+    scene.share = 1.0
+
+    assert scene.go_on() == [15.0, *[30.0] * 19]
+    assert scene.server.stored == BATCH
+
+
+def test_the_servers_own_wish_is_obeyed_also_by_who_is_in_a_hurry() -> None:
+    scene = Scene(Server(failure("429", 90.0), failure("503", 0.0), failure("503")))
+    scene.delivery.deliver(BATCH)
+    scene.delivery.hurry()
+
+    assert scene.go_on(2) == [90.0, 1.0]
+    assert scene.delivery.wait == 2.0
+    scene.delivery.hurry()
+    assert scene.delivery.wait == 0.0
+    assert scene.go_on() == [0.0]
+    assert scene.server.stored == BATCH
+
+
+def test_a_batch_that_is_too_old_is_lost_and_the_next_one_has_its_own_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scene = Scene(Server(*[failure("timeout")] * 8), age=60.0)
+    scene.delivery.deliver(BATCH)
+
+    assert scene.go_on() == [0.5, 1, 2, 4, 8, 16, 28.5]
+    assert scene.counted() == {"lost": 3, "errors": 8, "errors_no_answer": 8}
+    assert scene.delivery.failed == 3
+    assert "metrics: it said timeout; mend it so; 3 lines lost after 60 s" in caplog.messages
+
+    scene.server.answers = [failure("timeout")]
+    scene.delivery.deliver(BATCH)
+    assert scene.go_on() == [0.5]
+    assert scene.server.stored == BATCH
+
+
+def test_a_server_that_asks_for_a_year_is_asked_once_more_at_the_end() -> None:
+    scene = Scene(Server(*[failure("503", 3e7)] * 2), age=60.0)
+    scene.delivery.deliver(BATCH)
+
+    assert scene.go_on() == [60.0]
+    assert scene.counted() == {"lost": 3, "errors": 2, "errors_busy": 2}
+
+
+def test_what_a_server_answers_again_and_again_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """InfluxDB 1.x answers 500 to what it will never take."""
+    scene = Scene(Server(failure("ECONNREFUSED"), *[failure("500")] * 4), tries=4)
+    scene.delivery.deliver(BATCH)
+    scene.go_on()
+
+    assert len(scene.server.payloads) == 5
+    assert scene.counted() == {
+        "lost": 3,
+        "errors": 5,
+        "errors_no_answer": 1,
+        "errors_busy": 4,
+    }
+    assert caplog.messages[-1] == "metrics: it said 500; mend it so; 3 lines lost after 4 attempts"
+
+
+@pytest.mark.parametrize("cause", ["405", "301", "402"])
+def test_what_will_never_be_taken_is_lost_at_once(
+    cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(Server(failure(cause)))
+    scene.delivery.deliver(BATCH)
+
+    assert scene.delivery.held == 0
+    assert scene.counted() == {"lost": 3, "errors": 1, "errors_refused": 1}
+    assert caplog.messages == [f"metrics: it said {cause}; mend it so; 3 lines lost"]
+
+
+@pytest.mark.parametrize("cause", ["timeout", "503", "404"])
+def test_with_no_age_nothing_is_tried_again(cause: str) -> None:
+    scene = Scene(Server(failure(cause)), age=0.0)
+    scene.delivery.deliver(BATCH)
+
+    assert scene.delivery.held == 0
+    assert scene.delivery.failed == 3
+    assert len(scene.server.payloads) == 1
+
+
+# -- bad lines ---------------------------------------------------------------------------------
+
+
+def refuse(bad: set[bytes], cause: str = "400") -> Callable[[list[bytes]], int]:
+    """A judge that takes nothing of a payload with one of these lines."""
+
+    def judge(lines: list[bytes]) -> int:
+        if bad.intersection(lines):
+            raise failure(cause)
+        return 0
+
+    return judge
+
+
+@pytest.mark.parametrize("cause", ["400", "422"])
+def test_of_a_batch_refused_whole_only_the_bad_lines_are_rejected(
+    cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = [b"line %d" % number for number in range(5_000)]
+    bad = {batch[number] for number in (0, 2_345, 4_999)}
+    scene = Scene(Server())
+    scene.server.judge = refuse(bad, cause)
+
+    scene.delivery.deliver(batch)
+
+    assert scene.delivery.held == 0
+    assert scene.server.stored == [line for line in batch if line not in bad]  # in order
+    assert scene.delivery.failed == 3
+    found = scene.counted()
+    assert (found["sent"], found["rejected"]) == (4_997, 3)
+    assert found["errors"] == found["errors_refused"]
+    assert len(scene.server.payloads) < 50
+    assert caplog.messages == [
+        f"metrics: the server rejected 1 of 1 lines: it said {cause}; mend it so"
+    ]
+
+
+def test_after_64_requests_the_rest_of_a_batch_is_rejected(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batch = [b"line %d" % number for number in range(5_000)]
+    scene = Scene(Server())
+    scene.server.judge = refuse(set(batch[::3]))
+
+    scene.delivery.deliver(batch)
+
+    assert scene.delivery.held == 0
+    assert len(scene.server.payloads) == 64
+    assert caplog.messages[-1].startswith("metrics: the server rejected 1 of 1 lines")
+    found = scene.counted()
+    assert found["sent"] == len(scene.server.stored)
+    assert found["sent"] + found["rejected"] == 5_000
+    assert scene.delivery.failed == found["rejected"]
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 2_499])
+def test_what_is_too_long_at_once_goes_in_parts(most: int) -> None:
+    batch = [b"line %d" % number for number in range(min(5_000, 50 * most))]
+    scene = Scene(Server())
+
+    def judge(lines: list[bytes]) -> int:
+        if len(lines) > most:
+            raise failure("413")
+        return 0
+
+    scene.server.judge = judge
+    scene.delivery.deliver(batch)
+
+    found = scene.counted()
+    assert scene.server.stored == batch[: found["sent"]]
+    assert found["sent"] + found.get("rejected", 0) == len(batch)
+    assert found["sent"] == len(batch) if most > 2_000 else found["sent"] >= 32 * most // 2
+    assert len(scene.server.payloads) <= 64
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 499, 500, 998, 999])
+def test_one_bad_line_of_a_thousand_is_found_in_a_dozen_requests(place: int) -> None:
+    batch = [b"line %d" % number for number in range(1_000)]
+    scene = Scene(Server())
+    scene.server.judge = refuse({batch[place]})
+
+    scene.delivery.deliver(batch)
+
+    assert scene.server.stored == batch[:place] + batch[place + 1 :]
+    assert scene.counted()["rejected"] == 1
+    assert len(scene.server.payloads) <= 13
+
+
+def test_while_bad_lines_are_looked_for_the_server_may_go_away() -> None:
+    batch = [b"line %d" % number for number in range(100)]
+    scene = Scene(Server(failure("400"), 0, failure("timeout"), failure("503")))
+    scene.delivery.deliver(batch)
+    assert scene.delivery.held == 50
+
+    assert scene.go_on() == [0.5, 1.0]
+    assert scene.server.stored == batch
+    found = scene.counted()
+    assert found.pop("payloads") > 2
+    assert found == {
+        "sent": 100,
+        "errors": 3,
+        "errors_refused": 1,
+        "errors_no_answer": 1,
+        "errors_busy": 1,
+    }
+
+
+def test_a_conflict_of_types_is_tried_again_once_and_at_once() -> None:
+    scene = Scene(Server(failure("conflict"), 1))
+    scene.delivery.deliver(BATCH)
+    assert scene.counted() == {
+        "sent": 2,
+        "rejected": 1,
+        "payloads": 1,
+        "errors": 1,
+        "errors_refused": 1,
+    }
+    assert scene.delivery.failed == 1
+
+    scene = Scene(Server())
+    scene.server.judge = refuse({BATCH[1]}, "conflict")
+    scene.delivery.deliver(BATCH)
+    assert scene.server.stored == [BATCH[0], BATCH[2]]
+    assert scene.counted()["rejected"] == 1
+
+
+# -- whatever comes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_a_server_answers_each_line_has_one_fate_and_it_comes_to_an_end(
+    seed: int,
+) -> None:
+    chance = random.Random(seed)
+    causes = [
+        *("timeout", "ECONNREFUSED", "dns", "tls", "408", "429", "500", "503", "401", "404"),
+        *("400", "413", "422", "conflict", "405", "301", "499", "no such word", "", "99999"),
+    ]
+    waits = [None, None, None, 0.0, 3.5, 1e9]
+
+    def answer() -> int | Exception:
+        if chance.random() < 0.4:
+            return chance.randrange(-1, 3) if chance.random() < 0.2 else 0
+        return failure(chance.choice(causes), chance.choice(waits))
+
+    class Odd(Server):
+        def write(self, *payloads: bytes) -> int:
+            self.answers = [answer()]
+            found = super().write(*payloads)
+            return max(0, found)
+
+    scene = Scene(Odd(), age=chance.choice([0.0, 10.0, 600.0]), tries=chance.choice([1, 3, 1_000]))
+    scene.share = chance.random()
+    made = 0
+    for _ in range(200):
+        batch = [b"line %d" % number for number in range(chance.randrange(1, 40))]
+        made += len(batch)
+        scene.delivery.deliver(batch)
+        scene.go_on(10_000)
+        assert scene.delivery.held == 0
+        found: dict[str, Any] = scene.counters.total(0)
+        assert found["sent"] + found["lost"] + found["rejected"] == made
+        assert scene.delivery.failed == found["lost"] + found["rejected"]
+    parts = ("errors_no_answer", "errors_busy", "errors_access", "errors_refused")
+    assert sum(found[name] for name in parts) == found["errors"]

@@ -42,6 +42,8 @@ TAKES = {
     "flush_interval": "seconds greater than 0 and at most 3600",
     "pool_size": "a whole number at least 1 and at most 64",
     "http_timeout": "seconds greater than 0 and at most 600",
+    "retry_age": "seconds at least 0 and at most 604800",
+    "retry_tries": "a whole number at least 1 and at most 1000000",
     "gzip": "True or False",
 }
 SETTING_TAKES = {
@@ -69,6 +71,8 @@ LIMITS: dict[str, tuple[list[float], list[float]]] = {
     "bytes_per_second": ([1_023, 10_000_000_001], [1_024, 10_000_000_000]),
     "pool_size": ([0, 65], [1, 64]),
     "http_timeout": ([0, -0.5, 601], [0.1, 600]),
+    "retry_age": ([-1, -0.001, 604_801], [0, 604_800]),
+    "retry_tries": ([0, 1_000_001], [1, 1_000_000]),
     "shutdown_timeout": ([-1, -0.001], [0, 10]),
 }
 SECRETS = {"password", "token"}

@@ -25,7 +25,14 @@ TRANSPORTS = {
 
 
 class Transport(Protocol):
-    """One way to a server. Used by one thread at a time; never shared over a fork."""
+    """One way to a server. Used by one thread at a time; never shared over a fork.
+
+    Attributes:
+        confirms: Whether a ``write`` that fails says why the server did not take it, and one that
+            does not, that it did. What failed is tried again only then, and ``burst`` is 1.
+    """
+
+    confirms: bool
 
     @property
     def max_bytes(self) -> int:

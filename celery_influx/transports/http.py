@@ -80,15 +80,14 @@ class HTTPClient:
 
     Attributes:
         rejection: The server's words on the lines that the last ``write`` says were rejected.
-        retry_after: Seconds the server asked to wait, where the last ``write`` failed with such
-            a wish.
     """
+
+    confirms = True
 
     def __init__(
         self, options: DatabaseOptions, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.rejection: str | None = None
-        self.retry_after: float | None = None
         self._options = options
         self._clock = clock
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -130,7 +129,7 @@ class HTTPClient:
                 first attempt and all but the conflicting points at the second; or one of
                 ``"timeout"``, ``"dns"``, ``"tls"``, ``"connection"``, or an errno's name.
         """
-        self.rejection = self.retry_after = None
+        self.rejection = None
         payload = b"\n".join(payloads)
         body, headers = payload, None
         if self._options.gzip:
@@ -156,7 +155,6 @@ class HTTPClient:
                         "of a measurement",
                         "conflict",
                     )
-            self.retry_after = retry_after(answer.header("Retry-After"))
             raise self._refused(answer, words, "204")
 
     def ping(self, timeout: float | None = None) -> Ping:
@@ -389,7 +387,8 @@ class HTTPClient:
         if answer.status // 100 == 3:
             target = self._clean(answer.header("Location") or "nowhere")
             said, mend = f", which points to {target}", "redirects are not followed: set that URL"
-        return SendError(f"{self.address}: expected {expected}, got {status}{said}; {mend}", status)
+        text = f"{self.address}: expected {expected}, got {status}{said}; {mend}"
+        return SendError(text, status, retry_after(answer.header("Retry-After")))
 
     def _clean(self, words: str) -> str:
         """Words of the server for a log: shortened, and without our own secrets in them."""

@@ -63,6 +63,8 @@ class UDPPool:
     The host name is looked up again after an error, and every ``LOOKUP_INTERVAL`` seconds.
     """
 
+    confirms = False
+
     LOOKUP_INTERVAL = 60.0
     #: Seconds between look-ups that fail.
     LOOKUP_PAUSE = 1.0
