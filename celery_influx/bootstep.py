@@ -15,7 +15,7 @@ from celery_influx import tasks, verdicts
 from celery_influx.database import Database
 from celery_influx.errors import SendError
 from celery_influx.plugin import Influx, find
-from celery_influx.transports import http
+from celery_influx.transports import http, open_transport
 from celery_influx.transports.udp import UDPPool
 
 logger = logging.getLogger(__name__)
@@ -148,21 +148,27 @@ def _telling(
 def _probe(database: Database) -> None:
     """Warn once where nothing answers: UDP tells its sender nothing, and is off by default."""
     options = database.options
-    try:
-        if options.transport == "udp":
-            pool = UDPPool(options)
-            try:
-                pool.probe()
-            finally:
-                pool.close()
-    except SendError as error:
-        logger.warning(
-            "celery_influx: %s: %s See docs/how-to/enable-udp.md. Points are sent all the same, "
-            "and lost until somebody listens.",
-            database.name,
-            error,
-        )
-        return
+    if options.transport != "http":
+        transport = open_transport(options)
+        is_udp = isinstance(transport, UDPPool)
+        try:
+            if isinstance(transport, UDPPool):
+                transport.probe()
+            else:
+                transport.write()
+        except SendError as error:
+            logger.warning(
+                "celery_influx: %s: %s%s",
+                database.name,
+                error,
+                " See docs/how-to/enable-udp.md. Points are sent all the same, and lost until "
+                "somebody listens."
+                if is_udp
+                else " Points wait until it does.",
+            )
+            return
+        finally:
+            transport.close()
     if not options.http_port:
         return
     try:
@@ -175,5 +181,5 @@ def _probe(database: Database) -> None:
             "; UDP gives no sign either, so points may go nowhere. If this server has no HTTP "
             "API, say so by 'http_port': 0"
             if options.transport == "udp"
-            else "; points are lost until it answers",
+            else "; points wait until it answers, as many as find room",
         )

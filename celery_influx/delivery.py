@@ -44,12 +44,12 @@ class Fate(Enum):
     FINAL = auto()  # never
 
 
-_TOO_LONG = "413"
+_TOO_LONG = ("413", "EMSGSIZE")
 #: By the cause of a ``SendError``: an HTTP status, or a word of the transport's.
 _FATES = {
     **dict.fromkeys(("408", "425", "429"), Fate.BUSY),
     **dict.fromkeys(("401", "403", "404", "tls"), Fate.ACCESS),
-    **dict.fromkeys(("400", _TOO_LONG, "422"), Fate.SPLIT),
+    **dict.fromkeys(("400", "422", *_TOO_LONG), Fate.SPLIT),
     "conflict": Fate.AGAIN,
 }
 _COUNTERS = {
@@ -270,7 +270,7 @@ class Delivery:
         else:
             self._halve()
             # Too long is what it is, not one of its lines: that tells nothing of the other half.
-            self._halved = self._halved and error.cause != _TOO_LONG
+            self._halved = self._halved and error.cause not in _TOO_LONG
 
     def _halve(self) -> None:
         """Somewhere in the first part is a bad line."""

@@ -76,8 +76,9 @@ class DatabaseOptions:
 
     transport: str = option(
         "udp",
-        "How points are sent. A URL's scheme sets it: `udp://`, `http://`, `https://`.",
-        choices=("udp", "http"),
+        "How points are sent. A URL's scheme sets it: `udp://`, `http://`, `https://`, `tcp://`, "
+        "`unixgram://`.",
+        choices=("udp", "http", "tcp", "unixgram"),
         ex_flux="(none) | UDP | HTTP writes say whether they arrived.",
     )
     host: str = option(
@@ -95,10 +96,21 @@ class DatabaseOptions:
     http_port: int = option(
         8086,
         "Port of the HTTP API, for `ping`, `query`, `post` and the transport `http`. "
-        "0: this server has none.",
+        "0: this server has none; the default for `tcp` and `unixgram`.",
         at_least=0,
         at_most=65535,
         ex_flux="`http_port` | 8086 | Same; ours takes 0 where there is no HTTP.",
+    )
+    tcp_port: int = option(
+        8094,
+        "Port of a server that takes lines over TCP, Telegraf or QuestDB.",
+        at_least=1,
+        at_most=65535,
+    )
+    socket_path: str | None = option(
+        None,
+        "Path of the socket of a Telegraf on this machine, for the transport `unixgram`.",
+        kind=str,
     )
     secure: bool = option(
         False,
@@ -163,7 +175,7 @@ class DatabaseOptions:
     )
     batch_bytes: int = option(
         1_048_576,
-        "Longest HTTP body; so many waiting bytes are sent at once.",
+        "Longest HTTP body or TCP payload; so many waiting bytes are sent at once.",
         unit="bytes",
         at_least=1_024,
         at_most=25_000_000,
@@ -171,7 +183,7 @@ class DatabaseOptions:
     datagram_bytes: int | None = option(
         None,
         "Longest datagram. Default: what the route to the server takes in one piece "
-        "(1,472 bytes on Ethernet, 65,507 on loopback).",
+        "(1,472 bytes on Ethernet, 65,507 on loopback and by `unixgram`).",
         kind=int,
         unit="bytes",
         at_least=64,
@@ -216,7 +228,7 @@ class DatabaseOptions:
     )
     http_timeout: float = option(
         5.0,
-        "Longest wait for a connection, and again for an answer.",
+        "Longest wait for a connection, and again for an answer; over TCP, for room to send.",
         unit="s",
         above=0,
         at_most=600,
@@ -224,8 +236,8 @@ class DatabaseOptions:
     )
     retry_age: float = option(
         3600.0,
-        "Over HTTP, how long a batch is tried again after its first failed attempt, at growing "
-        "intervals of at most 30 s, while newer points wait in the queue. 0: never.",
+        "How long a batch is tried again after its first failed attempt, at growing intervals of "
+        "at most 30 s, while newer points wait in the queue. 0: never. Over UDP it never is.",
         unit="s",
         at_least=0,
         at_most=604_800,
@@ -242,6 +254,16 @@ class DatabaseOptions:
         "Compress what is sent over HTTP: an eighth of the bytes, for twice the CPU time. For "
         "networks that are slow or paid for.",
     )
+
+
+#: A URL's scheme to the transport, and to the option that its port is.
+_SCHEMES = {
+    "udp": ("udp", "udp_port"),
+    "http": ("http", "http_port"),
+    "https": ("http", "http_port"),
+    "tcp": ("tcp", "tcp_port"),
+    "unixgram": ("unixgram", ""),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +376,13 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
         )
     if values.get("transport") == "http" and values.get("http_port") == 0:
         mistakes.append(f"{where}['http_port']: expected a port for transport 'http', got 0")
+    if values.get("transport") in ("tcp", "unixgram"):
+        values.setdefault("http_port", 0)  # who listens there is no InfluxDB
+    if values.get("transport") == "unixgram" and not values.get("socket_path"):
+        mistakes.append(
+            f"{where}['socket_path']: missing; expected unixgram:///path/of/the/socket, or the "
+            "option 'socket_path'"
+        )
     if values.get("token") and (values.get("username") or values.get("password")):
         mistakes.append(
             f"{where}: both a token and a username or password; expected one of the two"
@@ -381,21 +410,30 @@ def _parse_url(
         # The error's own text may quote a part of a password.
         mistakes.append(f"{where}: not a URL with a host and a port up to 65535; {_ENCODE}")
         return {}
-    if parts.scheme not in ("udp", "http", "https") or "://" not in url:
+    if parts.scheme not in _SCHEMES or "://" not in url:
         # Without "://" what looks like a scheme may be a user's name.
         wrong = f"unknown scheme {parts.scheme!r}" if "://" in url else "a URL without a scheme"
         mistakes.append(
-            f"{where}: {wrong}; expected udp://host:8089, http://host:8086/database or https://…"
+            f"{where}: {wrong}; expected udp://host:8089, http://host:8086/database, https://…, "
+            "tcp://host:8094 or unixgram:///path"
         )
         return {}
     if parts.fragment or "@" in parts.path or "@" in parts.query:
         mistakes.append(f"{where}: a '#' or a second '@' in the URL; {_ENCODE}")
         return {}
-    values: dict[str, object] = {"transport": "udp" if parts.scheme == "udp" else "http"}
+    transport, port_option = _SCHEMES[parts.scheme]
+    values: dict[str, object] = {"transport": transport}
+    if transport == "unixgram":
+        if host or port is not None:
+            mistakes.append(
+                f"{where}: a host in a unixgram URL; expected three slashes, unixgram:///path"
+            )
+        values["socket_path"] = unquote(parts.path)
+        return values | _from_query(parts.query, known, values, where, mistakes)
     if host:
         values["host"] = host
     if port is not None:
-        values["udp_port" if parts.scheme == "udp" else "http_port"] = port
+        values[port_option] = port
     if parts.scheme == "https":
         values["secure"] = True
     if parts.username:
@@ -410,12 +448,24 @@ def _parse_url(
         )
     elif path:
         values["database"] = unquote(path)
-    for key, value in parse_qsl(parts.query, keep_blank_values=True):
+    return values | _from_query(parts.query, known, values, where, mistakes)
+
+
+def _from_query(
+    query: str,
+    known: Mapping[str, object],
+    given: Mapping[str, object],
+    where: str,
+    mistakes: list[str],
+) -> dict[str, object]:
+    """The options in a URL's query; ``given``: those that stand in its other parts."""
+    values: dict[str, object] = {}
+    for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in known:
             hint = _did_you_mean(key, known)
             shown = repr(key) if "did you mean" in hint else "in the URL's query"
             mistakes.append(f"{where}: unknown option {shown}{hint}")
-        elif key in values:
+        elif key in values or key in given:
             mistakes.append(f"{where}: {key!r} is given twice in the URL; expected it once")
         else:
             values[key] = _Text(value)

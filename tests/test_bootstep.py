@@ -174,7 +174,7 @@ def test_it_warns_once_where_no_ping_is_answered(
     )
     assert "(dns: " in unknown
     assert web.startswith("celery_influx: web: no answer to a ping (")
-    assert web.endswith("; points are lost until it answers")
+    assert web.endswith("; points wait until it answers, as many as find room")
 
 
 def test_a_worker_configured_in_a_namespace_sends_its_tasks_points(

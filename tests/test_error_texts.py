@@ -40,9 +40,11 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.plugin import Influx
 from celery_influx.point import Point
 from celery_influx.queries import quote_ident, quote_string
-from celery_influx.transports import http, udp
+from celery_influx.transports import http, udp, unixgram
 from celery_influx.transports.http import HTTPClient
+from celery_influx.transports.tcp import TCPConnection
 from celery_influx.transports.udp import UDPPool
+from celery_influx.transports.unixgram import UnixDatagrams
 from tests.servers import free_port
 from tests.test_database import BadLine, HostileKey, Iterates, Raises, RaisingMapping
 from tests.test_http import SHORT, Stub, serving
@@ -801,6 +803,66 @@ def _look_up(answer: Any, times: int) -> Callable[[Parts], None]:
     return provoke
 
 
+def _connect(parts: Parts) -> None:
+    """By TCP, to a port at which nobody listens."""
+    parts.port = free_port()
+    TCPConnection(DatabaseOptions(host="127.0.0.1", tcp_port=parts.port)).write()
+
+
+#: Sockets in the file system: payload, what is there, and what comes of it.
+UNIXGRAM = [
+    (
+        *(b"m f=1", "nothing", "no such file or directory (ENOENT)"),
+        "is Telegraf running, with a [[inputs.socket_listener]] on this 'socket_path'?",
+    ),
+    (
+        *(b"m f=1", "nobody", "connection refused (ECONNREFUSED)"),
+        "the socket is there, and nobody listens; is Telegraf running?",
+    ),
+    (
+        *(b"m f=1", "stream", "protocol wrong type for socket (EPROTOTYPE)"),
+        "is 'socket_path' the socket of a listener for datagrams?",
+    ),
+    (
+        *(b"m f=1", "full", "resource temporarily unavailable (EAGAIN)"),
+        "the listener does not keep up",
+    ),
+    (
+        *(b"m" * 10_000_000, "listener", "message too long (EMSGSIZE)"),
+        "set 'datagram_bytes' lower",
+    ),
+    (
+        *(b"m f=1", "denied", "permission denied (EACCES)"),
+        "let this process's user write to the socket: 'socket_mode' in Telegraf",
+    ),
+]
+
+
+def _send_by_file(payload: bytes, there: str) -> Callable[[Parts], None]:
+    def provoke(parts: Parts) -> None:
+        parts.words = path = str(parts.folder / f"{there}.sock")
+        with contextlib.ExitStack() as stack:
+            if there != "nothing":
+                kind = socket.SOCK_STREAM if there == "stream" else socket.SOCK_DGRAM
+                listener = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+                listener.bind(path)
+                if there == "stream":
+                    listener.listen()
+                if there == "nobody":
+                    listener.close()
+            if there == "denied":  # root may do all
+                error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                stack.enter_context(mock.patch("socket.socket.connect", side_effect=error))
+            client = UnixDatagrams(DatabaseOptions(transport="unixgram", socket_path=path))
+            stack.callback(client.close)
+            while True:
+                client.write(payload)
+                if there != "full":
+                    return
+
+    return provoke
+
+
 UNANSWERED = [
     Row(
         InfluxError,
@@ -863,6 +925,15 @@ UNANSWERED = [
         "udp://127.0.0.1:PORT did not take the datagram (EMSGSIZE: Message too long); the route "
         "takes no datagram that long; set 'datagram_bytes' lower",
         _send("127.0.0.1", b"x" * 65_508),
+    ),
+    unanswered(
+        "tcp://127.0.0.1:PORT: connection refused (ECONNREFUSED); does a server for line protocol "
+        "over TCP listen there, and does it keep up?",
+        _connect,
+    ),
+    *(
+        unanswered(f"unixgram://WORDS: {happened}; {mend}", _send_by_file(payload, there))
+        for payload, there, happened, mend in UNIXGRAM
     ),
     # At once, and again while the name is not looked up again.
     *(
@@ -993,7 +1064,7 @@ def test_the_error_says_what_was_wrong_what_was_expected_and_what_to_do(
         assert error.cause in text
     if isinstance(error, (SendError, QueryError)):
         # Of requests' errors, which hold the URL, nothing is left.
-        assert error.__context__ is None or text.startswith("udp:")
+        assert error.__context__ is None or text.startswith(("udp:", "tcp:", "unixgram:"))
 
 
 def _modules() -> list[str]:
@@ -1030,5 +1101,5 @@ def test_every_place_that_makes_an_error_has_its_row(told: Told) -> None:
 
 
 def test_every_advice_for_a_status_or_a_cause_has_its_row(told: Told) -> None:
-    for advice in [*http._MEND.values(), *udp._MENDS.values()]:
+    for advice in [*http._MEND.values(), *udp._MENDS.values(), *unixgram._MENDS.values()]:
         assert any(text.endswith(f"; {advice}") for _, text in told.errors), advice

@@ -20,10 +20,12 @@ SETTINGS = list(dataclasses.fields(Options))
 
 #: What each option takes, in the words of its errors. A new option needs a row here.
 TAKES = {
-    "transport": "one of 'udp', 'http'",
+    "transport": "one of 'udp', 'http', 'tcp', 'unixgram'",
     "host": "a string",
     "udp_port": "a whole number at least 1 and at most 65535",
     "http_port": "a whole number at least 0 and at most 65535",
+    "tcp_port": "a whole number at least 1 and at most 65535",
+    "socket_path": "a string or None",
     "secure": "True or False",
     "ca_file": "a string or None",
     "database": "a string",
@@ -62,6 +64,7 @@ SETTING_TAKES = {
 LIMITS: dict[str, tuple[list[float], list[float]]] = {
     "udp_port": ([0, -1, 65_536], [1, 65_535]),
     "http_port": ([-1, 65_536], [0, 65_535]),
+    "tcp_port": ([0, 65_536], [1, 65_535]),
     "batch_size": ([0, 1_000_001], [1, 1_000_000]),
     "batch_bytes": ([1_023, 25_000_001], [1_024, 25_000_000]),
     "datagram_bytes": ([63, 65_508], [64, 65_507]),
@@ -210,7 +213,7 @@ def test_a_choice_may_be_a_string_enum_and_is_kept_as_plain_text() -> None:
     assert type(database({"precision": Word.MS}).precision) is str
     assert database({"precision": Word.MS}).precision == "ms"
     assert mistakes_of({"transport": Word.MS}) == [
-        "influx_databases['m']['transport']: expected one of 'udp', 'http', got 'ms'"
+        "influx_databases['m']['transport']: expected one of 'udp', 'http', 'tcp', 'unixgram', got 'ms'"
     ]
 
 
@@ -464,6 +467,26 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("udp://h?secure=yes", {"host": "h", "secure": True}),
         ("udp://h?secure=False", {"host": "h"}),
         ("udp://h?http_timeout=2", {"host": "h", "http_timeout": 2.0}),
+        ("tcp://h", {"host": "h", "transport": "tcp", "http_port": 0}),
+        (
+            "tcp://h:9009?http_port=9000&retry_age=60",
+            {
+                "host": "h",
+                "transport": "tcp",
+                "tcp_port": 9009,
+                "http_port": 9000,
+                "retry_age": 60.0,
+            },
+        ),
+        (
+            "unixgram:///run/tele%20graf.sock?datagram_bytes=8000",
+            {
+                "transport": "unixgram",
+                "socket_path": "/run/tele graf.sock",
+                "http_port": 0,
+                "datagram_bytes": 8000,
+            },
+        ),
         ("udp://h?password=p&username=5", {"host": "h", "username": "5", "password": "p"}),
     ],
 )
@@ -495,7 +518,7 @@ def test_every_option_can_be_said_in_a_url() -> None:
             "ftp://h",
             (
                 "influx_databases['m']: unknown scheme 'ftp'; expected udp://host:8089, "
-                "http://host:8086/database or https://…"
+                "http://host:8086/database, https://…, tcp://host:8094 or unixgram:///path"
             ),
         ),
         *(
@@ -503,7 +526,7 @@ def test_every_option_can_be_said_in_a_url() -> None:
                 url,
                 (
                     "influx_databases['m']: a URL without a scheme; expected udp://host:8089, "
-                    "http://host:8086/database or https://…"
+                    "http://host:8086/database, https://…, tcp://host:8094 or unixgram:///path"
                 ),
             )
             for url in ("h", "localhost:8089", "", "udp:h:8089", "user:secret@h", "//h:80")
@@ -557,6 +580,24 @@ def test_every_option_can_be_said_in_a_url() -> None:
         (
             "https://h?secure=true",
             "influx_databases['m']: 'secure' is given twice in the URL; expected it once",
+        ),
+        (
+            "unixgram://run/socket",
+            (
+                "influx_databases['m']: a host in a unixgram URL; expected three slashes, "
+                "unixgram:///path"
+            ),
+        ),
+        (
+            "unixgram://",
+            (
+                "influx_databases['m']['socket_path']: missing; expected "
+                "unixgram:///path/of/the/socket, or the option 'socket_path'"
+            ),
+        ),
+        (
+            "unixgram:///run/a?socket_path=/run/b",
+            "influx_databases['m']: 'socket_path' is given twice in the URL; expected it once",
         ),
         (
             "udp://h?pool_sise=2",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TRANSPORTS = {
     "udp": "celery_influx.transports.udp:UDPPool",
     "http": "celery_influx.transports.http:HTTPClient",
+    "tcp": "celery_influx.transports.tcp:TCPConnection",
+    "unixgram": "celery_influx.transports.unixgram:UnixDatagrams",
 }
 
 
