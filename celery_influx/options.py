@@ -127,6 +127,16 @@ class DatabaseOptions:
         "Name of the database on the server, for HTTP. Default: the entry's own name.",
         ex_flux="`database` | (required) | Ours has a default: the entry's name.",
     )
+    api: str = option(
+        "1",
+        "Version of the server's HTTP API: InfluxDB 1.x, and VictoriaMetrics; 2.x; or 3.x.",
+        choices=("1", "2", "3"),
+    )
+    organization: str | None = option(
+        None,
+        "Organization of the bucket, for InfluxDB 2.x, where `database` is the bucket's name.",
+        kind=str,
+    )
     username: str | None = option(
         None,
         "User for HTTP basic authentication.",
@@ -142,7 +152,8 @@ class DatabaseOptions:
     )
     token: str | None = option(
         None,
-        "Token for HTTP (`Authorization: Token …`), instead of username and password.",
+        "Token for HTTP (`Authorization: Token …`, and `Bearer …` for InfluxDB 3.x), instead of "
+        "username and password.",
         kind=str,
         secret=True,
     )

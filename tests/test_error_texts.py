@@ -578,7 +578,7 @@ QUERIES = [
 # -- what servers answer -----------------------------------------------------------------------
 
 HOME = "http://127.0.0.1:PORT/m"
-OTHER = "is this InfluxDB's HTTP API, version 1, and are 'database' and 'http_port' right?"
+OTHER = "is this InfluxDB's HTTP API, and are 'api', 'database' and 'http_port' right?"
 FAILED = "the log of the server, or of a proxy in front of it, says more"
 
 

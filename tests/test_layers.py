@@ -36,6 +36,7 @@ BANDS = {
     "celery_influx.buffer": CORE,
     "celery_influx.transports": IO,
     "celery_influx.transports.udp": IO,
+    "celery_influx.transports.servers": IO,
     "celery_influx.transports.tcp": IO,
     "celery_influx.transports.unixgram": IO,
     "celery_influx.transports.answers": IO,

@@ -29,6 +29,8 @@ TAKES = {
     "secure": "True or False",
     "ca_file": "a string or None",
     "database": "a string",
+    "api": "one of '1', '2', '3'",
+    "organization": "a string or None",
     "username": "a string or None",
     "password": "a string or None",
     "token": "a string or None",
@@ -192,7 +194,7 @@ def test_a_value_outside_its_range_is_named_and_one_at_its_end_is_taken(name: st
             assert getattr(load({f"influx_{name}": value}), name) == value
 
 
-@pytest.mark.parametrize("name", ["transport", "epoch", "precision"])
+@pytest.mark.parametrize("name", ["transport", "api", "epoch", "precision"])
 def test_an_unknown_choice_is_named_with_the_choices(name: str) -> None:
     for value in ("us", "", "UDP"):
         expected = f"influx_databases['m'][{name!r}]: expected {TAKES[name]}, got {value!r}"
@@ -203,7 +205,7 @@ def test_an_unknown_choice_is_named_with_the_choices(name: str) -> None:
 def test_every_option_that_has_choices_is_tried() -> None:
     with_choices = {field.name for field in DATABASE_FIELDS if field.metadata["choices"]}
 
-    assert with_choices == {"transport", "epoch", "precision"}
+    assert with_choices == {"transport", "api", "epoch", "precision"}
 
 
 def test_a_choice_may_be_a_string_enum_and_is_kept_as_plain_text() -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from celery_influx.errors import SendError
 from celery_influx.line_reader import split_lines
@@ -32,6 +32,9 @@ class Answer:
     """A response whose body is read here, so that its errors and its length are ours to limit.
 
     Leaving the ``with`` block closes the connection, unless the body was read to its end.
+
+    Attributes:
+        said: The JSON of an error, after ``words``; ``None``: it was none.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Answer:
         clock: Callable[[], float],
     ) -> None:
         self.status = response.status_code
+        self.said: object = None
         self._response = response
         self._failure = failure
         self._seconds = seconds
@@ -108,9 +112,11 @@ class Answer:
             return ""
         text = body.decode("utf-8", "replace")
         try:
-            found = parse_json(text)
-            # InfluxDB 2 says "message".
-            return str(found.get("error") or found.get("message") or text)
+            self.said = found = parse_json(text)
+            # InfluxDB 2 says "message"; 3 says of each bad line what is wrong with it.
+            words = str(found.get("error") or found.get("message") or text)
+            first = next(iter(bad_lines(found)), {})
+            return f"{words}: {first['error_message']}" if "error_message" in first else words
         except (ValueError, RecursionError, AttributeError):
             return " ".join(text.split())
 
@@ -143,6 +149,12 @@ class Answer:
                 self._whole = True
                 return
             yield piece
+
+
+def bad_lines(said: Any) -> list[dict[str, Any]]:
+    """What InfluxDB 3 says in an error of the lines that it did not take."""
+    found = said.get("data") if isinstance(said, dict) else None
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def rejected_lines(words: str, payload: bytes) -> int:

@@ -1,4 +1,4 @@
-"""InfluxDB's HTTP API, version 1: write, ping, query, post. One attempt each, by requests.
+"""InfluxDB's HTTP API: write, ping, query, post. One attempt each, by requests.
 
 Redirects are not followed, certificates are always verified, credentials travel in a header
 only. Rules: https://docs.influxdata.com/influxdb/v1/tools/api/; where influxd 1.6.7 says more
@@ -29,7 +29,8 @@ from celery_influx.queries import (
     require_text,
 )
 from celery_influx.transports import load as load_module
-from celery_influx.transports.answers import Answer, rejected_lines, retry_after, why
+from celery_influx.transports.answers import Answer, retry_after, why
+from celery_influx.transports.servers import SERVERS
 
 if TYPE_CHECKING:
     import requests
@@ -45,7 +46,7 @@ _MEND = {
     "404": "create the database, or correct 'database' and 'http_port'",
     "413": "lower 'batch_bytes' below the server's max-body-size",
     "5xx": "the log of the server, or of a proxy in front of it, says more",
-    "other": "is this InfluxDB's HTTP API, version 1, and are 'database' and 'http_port' right?",
+    "other": "is this InfluxDB's HTTP API, and are 'api', 'database' and 'http_port' right?",
 }
 
 
@@ -94,9 +95,17 @@ class HTTPClient:
         scheme = "https" if options.secure else "http"
         self._root = f"{scheme}://{host}:{options.http_port}"
         self._database = options.database or options.name
-        self._write_params = {"db": self._database, "precision": options.precision}
-        if options.retention_policy:
-            self._write_params["rp"] = options.retention_policy
+        self._server = server = SERVERS[options.api]
+        self._write_params = {
+            server.database: self._database,
+            "precision": server.precision[options.precision],
+        }
+        if options.retention_policy and server.retention_policy:
+            self._write_params[server.retention_policy] = options.retention_policy
+        elif options.retention_policy:
+            self._write_params[server.database] += f"/{options.retention_policy}"
+        if options.organization and server.organization:
+            self._write_params[server.organization] = options.organization
         # The process that opened the session stands beside it: another must not use it.
         self._session: tuple[int, requests.Session] | None = None
         self._inherited: list[object] = []
@@ -136,7 +145,7 @@ class HTTPClient:
             # At the quickest level.
             body, headers = gzip.compress(payload, 1, mtime=0), {"Content-Encoding": "gzip"}
         with self._request(
-            "POST", "/write", params=self._write_params, data=body, headers=headers
+            "POST", self._server.write, params=self._write_params, data=body, headers=headers
         ) as answer:
             if answer.status == 204:
                 answer.finish()
@@ -145,7 +154,7 @@ class HTTPClient:
             # JSON's escapes.
             words = answer.words(limit=65_536 + 6 * len(payload))
             if answer.status == 400:
-                rejected = rejected_lines(words, payload)
+                rejected = self._server.rejected(words, answer.said, payload)
                 if rejected:
                     self.rejection = self._clean(words)
                     return rejected
@@ -158,7 +167,7 @@ class HTTPClient:
             raise self._refused(answer, words, "204")
 
     def ping(self, timeout: float | None = None) -> Ping:
-        """Ask whether the server is up. InfluxDB answers this without looking at credentials.
+        """Ask whether the server is up. InfluxDB 1.x and 2.x do not look at credentials then.
 
         Args:
             timeout: Longest wait for a connection, and again for an answer, in seconds; default:
@@ -171,8 +180,8 @@ class HTTPClient:
         started = self._clock()
         with self._request("GET", "/ping", timeout=timeout) as answer:
             seconds = self._clock() - started
-            if answer.status != 204:
-                raise self._refused(answer, answer.words(), "204")
+            if answer.status != self._server.alive:
+                raise self._refused(answer, answer.words(), str(self._server.alive))
             answer.finish()
             return Ping(answer.header("X-Influxdb-Version"), seconds)
 
@@ -404,7 +413,7 @@ class _Credentials:
     def __init__(self, options: DatabaseOptions) -> None:
         header = ""
         if options.token:
-            header = f"Token {options.token}"
+            header = f"{SERVERS[options.api].scheme} {options.token}"
         elif options.username:
             pair = f"{options.username}:{options.password or ''}"
             header = "Basic " + b64encode(pair.encode()).decode()

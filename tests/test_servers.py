@@ -1,0 +1,237 @@
+"""HTTPClient and stand-ins for InfluxDB 2.x and 3.x, as strict as their documents are.
+
+2.x: https://docs.influxdata.com/influxdb/v2/api/write-data/ and .../v2/write-data/troubleshoot/
+3.x: https://docs.influxdata.com/influxdb3/core/write-data/http-api/v3-write-lp/ and .../api/
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from celery_influx.database import Database
+from celery_influx.errors import DecodeError, SendError
+from celery_influx.line_reader import decode
+from celery_influx.options import DatabaseOptions
+from celery_influx.point import Point
+from celery_influx.transports.http import HTTPClient
+from celery_influx.transports.servers import SERVERS
+from tests.test_http import Stub, serving
+
+TOKEN = "t0k"
+ANSWER = b'{"results": [{"statement_id": 0, "series": [{"name": "m", "columns": ["time", "f"], '
+ANSWER += b'"values": [[1, 2]]}]}]}'
+
+
+class StandIn:
+    """Answers as one of them, and keeps the lines that it took."""
+
+    def __init__(self, stub: Stub, api: str) -> None:
+        self.stub = stub
+        self.api = api
+        self.stored: list[bytes] = []
+        stub.answer = self._answer
+        self.asked: list[tuple[str, dict[str, list[str]]]] = []
+
+    def _answer(self, handler: Any) -> None:
+        path = urlsplit(handler.path).path
+        self.asked.append((path, handler.query))
+        if path == "/ping" and self.api == "2":
+            handler.reply(204, X_Influxdb_Version="v2.7.5")
+            return
+        scheme = {"2": "Token", "3": "Bearer"}[self.api]
+        if handler.headers["Authorization"] != f"{scheme} {TOKEN}":
+            handler.reply(401, b'{"code": "unauthorized", "message": "unauthorized access"}')
+        elif path == "/ping":
+            handler.reply(200, b'{"version": "3.0.1"}', X_Influxdb_Version="3.0.1")
+        elif path == "/query":
+            handler.reply(200, ANSWER, X_Influxdb_Version="x")
+        elif (self.api, path) == ("2", "/api/v2/write"):
+            self._write_2(handler)
+        elif (self.api, path) == ("3", "/api/v3/write_lp"):
+            self._write_3(handler)
+        else:
+            handler.reply(404, b'{"code": "not found", "message": "path not found"}')
+
+    def _write_2(self, handler: Any) -> None:
+        """A line that cannot be read spoils all of them."""
+        query = handler.query
+        if "org" not in query or query.get("precision") not in ([["ns"], ["us"], ["ms"], ["s"]]):
+            handler.reply(400, b'{"code": "invalid", "message": "invalid request"}')
+            return
+        if query["bucket"] != ["celery"]:
+            text = {"code": "not found", "message": f"bucket {query['bucket'][0]!r} not found"}
+            handler.reply(404, json.dumps(text).encode())
+            return
+        lines = handler.body.split(b"\n")
+        for line in lines:
+            if not is_good(line):
+                text = {"code": "invalid", "message": f"unable to parse {line.decode()!r}"}
+                handler.reply(400, json.dumps(text).encode())
+                return
+        self.stored += lines
+        handler.reply(204)
+
+    def _write_3(self, handler: Any) -> None:
+        """Each line that cannot be read is named; the others are stored."""
+        words = ["auto", "nanosecond", "microsecond", "millisecond", "second"]
+        if [handler.query.get("precision")] not in [[[word]] for word in words]:
+            handler.reply(400, b'{"error": "invalid precision"}')
+            return
+        assert set(handler.query) == {"db", "precision"}
+        bad = []
+        for number, line in enumerate(handler.body.split(b"\n"), 1):
+            if is_good(line):
+                self.stored.append(line)
+            else:
+                said = {"original_line": line.decode(), "line_number": number}
+                bad.append({**said, "error_message": "invalid field"})
+        if bad:
+            text = {"error": "partial write of line protocol occurred", "data": bad}
+            handler.reply(400, json.dumps(text).encode())
+            return
+        handler.reply(204)
+
+
+def is_good(line: bytes) -> bool:
+    try:
+        decode(line)
+    except DecodeError:
+        return False
+    return True
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with serving() as made:
+        yield made
+
+
+@pytest.fixture(params=["2", "3"])
+def server(request: pytest.FixtureRequest, stub: Stub) -> StandIn:
+    return StandIn(stub, request.param)
+
+
+def options(server: StandIn, **more: Any) -> DatabaseOptions:
+    given: dict[str, Any] = {
+        "transport": "http",
+        "host": "127.0.0.1",
+        "http_port": server.stub.port,
+        "api": server.api,
+        "database": "celery",
+        "organization": "acme",
+        "token": TOKEN,
+    }
+    return DatabaseOptions(**{**given, **more})
+
+
+@pytest.mark.parametrize("precision", ["ns", "u", "ms", "s"])
+def test_lines_are_written_where_and_how_that_version_wants_them(
+    server: StandIn, precision: str
+) -> None:
+    with HTTPClient(options(server, precision=precision)) as client:
+        assert client.write(b"m f=1 1\nm f=2 2") == 0
+
+    assert server.stored == [b"m f=1 1", b"m f=2 2"]
+    ((path, query),) = server.asked
+    if server.api == "2":
+        assert path == "/api/v2/write"
+        word = {"u": "us"}.get(precision, precision)
+        assert query == {"bucket": ["celery"], "org": ["acme"], "precision": [word]}
+    else:
+        assert path == "/api/v3/write_lp"
+        word = {"ns": "nanosecond", "u": "microsecond", "ms": "millisecond", "s": "second"}
+        assert query == {"db": ["celery"], "precision": [word[precision]]}
+
+
+def test_of_a_batch_with_bad_lines_the_others_are_stored_and_counted(
+    server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [b"m f=%d %d" % (number, number) for number in range(1_000)]
+    bad = {3, 500, 999}
+    database = Database(options(server))
+    database.send_lines([b"bad" if n in bad else line for n, line in enumerate(lines)])
+    database.flush(10)
+
+    assert server.stored == [line for n, line in enumerate(lines) if n not in bad]
+    stats = database.stats()
+    assert (stats["sent"], stats["rejected"], stats["lost"]) == (997, 3, 0)
+    assert database.close(5)
+    expected = {
+        "2": "the server rejected 1 of 1 lines: ",
+        "3": (
+            "celery: the server rejected 3 of 1000 lines: "
+            "partial write of line protocol occurred: invalid field"
+        ),
+    }
+    assert len(caplog.messages) == 1
+    assert expected[server.api] in caplog.messages[0]
+
+
+def test_a_wrong_token_and_a_missing_bucket_are_said(server: StandIn) -> None:
+    with HTTPClient(options(server, token="wrong")) as client:
+        with pytest.raises(SendError, match="unauthorized access") as failed:
+            client.write(b"m f=1")
+        assert failed.value.cause == "401"
+    if server.api == "2":
+        with (
+            HTTPClient(options(server, database="other")) as client,
+            pytest.raises(SendError, match="bucket 'other' not found") as failed,
+        ):
+            client.write(b"m f=1")
+        assert failed.value.cause == "404"
+
+
+def test_a_retention_policy_is_a_part_of_the_buckets_name(server: StandIn) -> None:
+    with HTTPClient(options(server, retention_policy="year")) as client:
+        if server.api == "2":
+            with pytest.raises(SendError):
+                client.write(b"m f=1")
+        else:
+            client.write(b"m f=1")
+    name = {"2": "bucket", "3": "db"}[server.api]
+    assert server.asked[0][1][name] == ["celery/year"]
+
+
+def test_ping_and_query_are_answered_as_by_1(server: StandIn) -> None:
+    with HTTPClient(options(server)) as client:
+        assert client.ping().version == {"2": "v2.7.5", "3": "3.0.1"}[server.api]
+        result = client.query("SELECT f FROM m")
+    assert [series.name for series in result.series] == ["m"]
+    path, query = server.asked[-1]
+    assert path == "/query"
+    assert query["db"] == ["celery"]
+
+
+def test_points_go_all_the_way(server: StandIn) -> None:
+    database = Database(options(server))
+    for number in range(10):
+        database.send_data(Point("m", {"f": number}, None, number))
+    assert database.flush(5)
+    assert database.close(5)
+    assert server.stored == [b"m f=%di %d" % (number, number) for number in range(10)]
+
+
+def test_every_version_has_a_word_for_each_precision() -> None:
+    for row in SERVERS.values():
+        assert set(row.precision) == {"ns", "u", "ms", "s"}
+
+
+@pytest.mark.parametrize(
+    "data", ["x", [], [1], [{"error_message": 5}], {"a": 1}, [{"other": 1}], [[]]]
+)
+def test_an_odd_answer_of_3_is_an_error_or_counts_what_it_names(stub: Stub, data: object) -> None:
+    answer = json.dumps({"error": "partial write", "data": data}).encode()
+    stub.answer = lambda handler: handler.reply(400, answer)
+    given = DatabaseOptions(transport="http", host="127.0.0.1", http_port=stub.port, api="3")
+    with HTTPClient(given) as client:
+        named = sum(isinstance(each, dict) for each in data) if isinstance(data, list) else 0
+        if named:
+            assert client.write(b"m f=1") == named
+        else:
+            with pytest.raises(SendError):
+                client.write(b"m f=1")
