@@ -16,6 +16,7 @@ PARTS = {
     "influxd": "influxd",
     "udp": "udp",
     "worker": "worker",
+    "threads": "threads",
     "import": "import_time",
 }
 

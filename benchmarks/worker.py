@@ -1,4 +1,4 @@
-"""No-op tasks through a real prefork worker: what each way of watching it costs.
+"""No-op tasks through a real worker: what each way of watching it costs.
 
 Every variant has a worker and a broker database of its own. The workers live on through several
 rounds, stopped by SIGSTOP while another one is measured: so all are warm, none disturbs another,
@@ -29,8 +29,8 @@ from benchmarks.table import Table, ratios, rotated, verdict
 VARIANTS = ("bare", "bare, again", "celery_influx", "events", "opentelemetry")
 QUEUE, STORE = "run", "store"
 NOTES = """
-celery -A ... worker -c 2 --without-gossip --without-mingle, Redis broker, no result backend; \
-tasks queued before the clock starts. CPU is of the worker and its children, not of Redis.
+celery -A ... worker -c 2 -P ... --without-gossip --without-mingle, Redis broker, no result \
+backend; tasks queued before the clock starts. CPU is of the worker and its children, not of Redis.
 events: -E and task_send_sent_event, and nobody who consumes them (which would cost more).
 opentelemetry: SDK, BatchSpanProcessor with its defaults, sampling all, an exporter that drops \
 the spans instead of sending them; instrumented in worker_process_init, as documented.
@@ -38,19 +38,26 @@ celery_influx: defaults, UDP to a socket on loopback that another process reads.
 """.strip().splitlines()
 
 
-def run(rounds: int = 40, size: int = 1_000, restarts: int = 4) -> None:
+def run(
+    rounds: int = 40,
+    size: int = 1_000,
+    restarts: int = 4,
+    pool: str = "prefork",
+    variants: tuple[str, ...] = VARIANTS,
+) -> None:
     """Measure and print; ``size`` tasks a round, ``rounds`` in all, ``restarts`` of the workers."""
-    rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    costs: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    costs: dict[str, list[float]] = {name: [] for name in variants}
+    seen = spans = 0
     sink = Sink()
     sink.drain()
     try:
         with tempfile.TemporaryDirectory() as folder, _redis(Path(folder)) as port:
             workers = {
                 name: Worker(
-                    name, f"redis://127.0.0.1:{port}/{number}", sink.port, Path(folder, name)
+                    name, f"redis://127.0.0.1:{port}/{number}", sink.port, Path(folder, name), pool
                 )
-                for number, name in enumerate(VARIANTS)
+                for number, name in enumerate(variants)
             }
             for worker in workers.values():
                 worker.publish(size)
@@ -67,17 +74,20 @@ def run(rounds: int = 40, size: int = 1_000, restarts: int = 4) -> None:
                     for worker in workers.values():
                         worker.ready()
                     for turn in range(share + 1):
-                        for name in rotated(VARIANTS, turn):
+                        for name in rotated(variants, turn):
                             rate, cost = workers[name].measure(size)
                             if turn:  # the first round warms up
                                 rates[name].append(rate)
                                 costs[name].append(cost)
-            seen = workers["events"].client.info("commandstats")["cmdstat_publish"]["calls"]
-            spans = int(workers["opentelemetry"].client.get("spans") or 0)
+            if "events" in workers:
+                seen = workers["events"].client.info("commandstats")["cmdstat_publish"]["calls"]
+            if "opentelemetry" in workers:
+                spans = int(workers["opentelemetry"].client.get("spans") or 0)
     finally:
         received = sink.stop()
     tasks = (rounds + 2 * restarts) * (size + 2)
     _table(
+        pool,
         rates,
         costs,
         f"{tasks:,} tasks were run by each variant; watchers' account: "
@@ -88,7 +98,8 @@ def run(rounds: int = 40, size: int = 1_000, restarts: int = 4) -> None:
 class Worker:
     """One variant's worker, with a database of the broker to itself."""
 
-    def __init__(self, variant: str, broker: str, udp_port: int, log: Path) -> None:
+    def __init__(self, variant: str, broker: str, udp_port: int, log: Path, pool: str) -> None:
+        self._pool = pool
         self.client = redis.Redis.from_url(broker, socket_timeout=90)
         self._log = log
         self._environment = {
@@ -111,6 +122,7 @@ class Worker:
         """Start it; ``ready`` waits for it."""
         command = [sys.executable, "-m", "celery", "-A", "benchmarks.worker_app", "worker"]
         command += ["-c", "2", "--without-gossip", "--without-mingle", "-l", "WARNING"]
+        command += ["-P", self._pool]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -201,23 +213,27 @@ def _redis(folder: Path) -> Iterator[int]:
         process.wait(20)
 
 
-def _table(rates: dict[str, list[float]], costs: dict[str, list[float]], account: str) -> None:
-    table = Table("Prefork worker, no-op tasks: rate", "tasks/s", "this / bare")
-    for name in VARIANTS:
-        table.add(name, rates[name], ratios(rates[name], rates["bare"]))
+def _table(
+    pool: str, rates: dict[str, list[float]], costs: dict[str, list[float]], account: str
+) -> None:
+    title = f"{pool.capitalize()} worker, no-op tasks"
+    table = Table(f"{title}: rate", "tasks/s", "this / bare")
+    for name, found in rates.items():
+        table.add(name, found, ratios(found, rates["bare"]))
     ours = ratios(rates["celery_influx"], rates["bare"])
-    table.notes = [verdict("rate with celery_influx, of bare", ours, 0.95, least=True)]
+    table.notes = [verdict("rate with celery_influx, of bare", ours, 0.97, least=True)]
     table.show()
     ours = costs["celery_influx"]
-    table = Table("Prefork worker, no-op tasks: CPU of a task", "µs", "this / bare")
-    for name in VARIANTS:
-        table.add(name, costs[name], ratios(costs[name], costs["bare"]))
-    for name in VARIANTS[1:]:
+    table = Table(f"{title}: CPU of a task", "µs", "this / bare")
+    for name, found in costs.items():
+        table.add(name, found, ratios(found, costs["bare"]))
+    for name in list(costs)[1:]:
         added = [this - bare for this, bare in zip(costs[name], costs["bare"], strict=True)]
         table.add(f"added by {name}", added)
     cheaper = [
         verdict(f"CPU with celery_influx, of that with {peer}", ratios(ours, costs[peer]), 1)
         for peer in ("events", "opentelemetry")
+        if peer in costs
     ]
     table.notes = [*cheaper, account, *NOTES]
     table.show()
