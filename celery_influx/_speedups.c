@@ -1083,7 +1083,7 @@ static PyMethodDef send_def = {"send", send_point, METH_O, "Queue a point, as Da
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
-    PyObject *function, *dict;
+    PyObject *function, *dict, *weak;
     PyTypeObject *point;       /* the class */
     PyMemberDescrObject *slot; /* of who has the method: what takes a Point */
 } Method;
@@ -1131,6 +1131,8 @@ static void method_dealloc(Method *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
+    if (self->weak != NULL)
+        PyObject_ClearWeakRefs((PyObject *)self);
     Py_XDECREF(self->function);
     Py_XDECREF(self->dict);
     Py_XDECREF(self->point);
@@ -1142,6 +1144,7 @@ static void method_dealloc(Method *self)
 static PyMemberDef method_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Method, call), READONLY, NULL},
     {"__dictoffset__", T_PYSSIZET, offsetof(Method, dict), READONLY, NULL},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Method, weak), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 

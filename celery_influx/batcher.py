@@ -101,8 +101,8 @@ class Batcher:
         deadline = time.monotonic() + timeout
         target = buffer.put_lines
         failures = buffer.dropped + self._settled[1]
-        self._hurried = True
-        self.wake()
+        self._hurried = self._wanted = True
+        _wake(self._doze)
         progress = _held()
         self._flushes.append(progress)
         try:
@@ -175,11 +175,13 @@ class Batcher:
     def _is_over(self) -> bool:
         if self._deadline is None:
             return False
-        if self._settled[0] + self._buffer.dropped >= self._last:
+        delivery = self._delivery
+        if not delivery.held and self._settled[0] + self._buffer.dropped >= self._last:
             return True
         left = self._deadline - time.monotonic()
-        # There is no use in a wait for an attempt that comes too late.
-        return left <= 0 or (self._delivery.wait > left and not self._hurried)
+        # There is no use in a wait for somebody who is away, or for what comes too late.
+        waits = delivery.wait > 0 and not self._hurried
+        return left <= 0 or (waits and (delivery.is_away or delivery.wait > left))
 
     def _run(self) -> None:
         while self._deadline is None:
@@ -224,8 +226,9 @@ class Batcher:
         """Take the next lines; ``lists`` has those that are not yet delivered."""
         delivery = self._delivery
         max_bytes = delivery.max_bytes
+        batch_size = min(self._batch_size, delivery.most_lines)
         for _ in range(delivery.burst):
-            lines, too_long = self._buffer.take(self._batch_size, max_bytes)
+            lines, too_long = self._buffer.take(batch_size, max_bytes)
             if too_long:
                 delivery.reject(too_long)
             if not lines:
@@ -240,13 +243,15 @@ class Batcher:
 
     def _await_next_attempt(self) -> None:
         """Until it is due, or must be now, or no time is left."""
-        while self._delivery.wait and not self._is_over():
+        delivery = self._delivery
+        while delivery.wait and not self._is_over():
             if self._hurried:
                 self._hurried = False
-                self._delivery.hurry()
+                delivery.hurry(at_once=self._deadline is not None)
                 continue
-            self._doze.acquire(timeout=self._delivery.wait)
-            self._wanted = False
+            self._wanted = True  # so that nobody wakes it for the sake of the buffer
+            self._doze.acquire(timeout=delivery.wait)
+        self._wanted = False
 
     def _settle(self) -> None:
         self._settled = self._buffer.taken - self._delivery.held, self._delivery.failed

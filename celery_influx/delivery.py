@@ -7,8 +7,8 @@ the others wait in the buffer, which drops the oldest.
 
 from __future__ import annotations
 
-import logging
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -29,8 +29,6 @@ from celery_influx.counters import (
 from celery_influx.errors import SendError
 from celery_influx.report import Report
 from celery_influx.transports import Transport
-
-logger = logging.getLogger(__name__)
 
 
 class Fate(Enum):
@@ -70,7 +68,7 @@ class Delivery:
     """Hands batches to ``transport`` and counts what came of them in ``counters``.
 
     One batch at a time: after ``deliver``, and as long as lines are ``held``, ``retry`` is to be
-    called, ``wait`` seconds later.
+    called, ``wait`` seconds later. Each of these calls makes one attempt.
 
     Args:
         name: The database's name, for the log.
@@ -84,6 +82,8 @@ class Delivery:
 
     Attributes:
         failed: Lines that did not go out, lost or rejected, up to now.
+        most_lines: Of a payload: as many as the server does not say is too long.
+        is_away: The last attempt came to nobody who could take anything.
     """
 
     #: Seconds: the longest wait after the first failure. After each more it is twice as long.
@@ -116,13 +116,16 @@ class Delivery:
         self._clock = clock
         self._spread = spread
         self.failed = 0
+        self.most_lines = sys.maxsize
+        self.is_away = False
         self._parts: deque[list[bytes]] = deque()  # of the batch, in order
         self._begin()
 
     def _begin(self) -> None:
         """Nothing has failed yet, of this batch."""
         self._failures = self._doublings = self._answers = self._requests = 0
-        self._first_failure = self._due = 0.0
+        self._first_failure = self._last_failure = self._due = 0.0
+        self._hurried = False
         self._repeated = self._asked_to_wait = False
         self._halved = False  # one of the first two parts has a bad line
         self._refusal = ""
@@ -147,11 +150,15 @@ class Delivery:
         """Seconds until the next attempt is due; 0: it is."""
         return max(0.0, self._due - self._clock())
 
-    def hurry(self) -> None:
-        """Somebody waits: let the next attempt be due now, if the server has not asked to wait."""
+    def hurry(self, *, at_once: bool = False) -> None:
+        """Somebody waits: let the next attempt be due soon, if the server has not asked to wait.
+
+        ``at_once``: now; else they could call this as often as they like.
+        """
         if not self._asked_to_wait:
-            self._due = 0.0
-            self._doublings = 0
+            soon = 0.0 if at_once else self._last_failure + self.FIRST_WAIT
+            self._due = min(self._due, soon)
+            self._hurried = True  # and so it counts for less
 
     def deliver(self, *lists: list[bytes]) -> None:
         """Send a batch, each list as one payload."""
@@ -171,22 +178,21 @@ class Delivery:
         self._parts.clear()
 
     def retry(self) -> None:
-        """Send what is left of the batch, until all went out or there is to be a wait."""
-        while self._parts:
-            try:
-                self._write(self._parts[0])
-            except SendError as error:
-                self._see_to(error)
-                if self.wait:
-                    return
-            else:
-                self._parts.popleft()
-                self._requests += 1
-                if self._halved:  # then it is the other half that is spoilt
-                    self._halve()
-            if self._parts and self._requests >= self.MOST_REQUESTS:
-                self._reject(self.held, self.held, f"found no end: {self._refusal}")
-                self._parts.clear()
+        """Make one attempt at what is left of the batch."""
+        self.is_away = False
+        try:
+            self._write(self._parts[0])
+        except SendError as error:
+            self._see_to(error)
+        else:
+            self._parts.popleft()
+            self._requests += bool(self._requests)  # from the first refusal on
+            if self._halved:  # then it is the other half that is spoilt
+                self._halve()
+        if self._parts and self._requests >= self.MOST_REQUESTS:
+            count = self.held
+            self._parts.clear()
+            self._reject(count, count, f"found no end of bad lines: {self._refusal}", "no end")
 
     def _write(self, *lists: list[bytes]) -> None:
         """One attempt: all went out, but for what the server says it rejected."""
@@ -201,7 +207,6 @@ class Delivery:
             self._reject(
                 rejected, count, getattr(self._transport, "rejection", None) or "no reason given"
             )
-        logger.debug("%s: sent %d lines, %d bytes", self._name, count, size)
 
     def _see_to(self, error: SendError) -> None:
         """An attempt at the first part has failed."""
@@ -219,12 +224,14 @@ class Delivery:
 
     def _hold(self, fate: Fate, error: SendError) -> None:
         """Have it tried again, if it may be."""
-        now = self._clock()
+        self._last_failure = now = self._clock()
         if not self._failures:
             self._first_failure = now
         age = now - self._first_failure
         self._failures += 1
-        self._answers += fate is Fate.BUSY
+        self._answers += fate is Fate.BUSY and not self._hurried
+        self._hurried = False
+        self.is_away = fate is not Fate.BUSY
         if self._answers >= self._retry_tries:
             self._give_up_on(error, f" after {self._answers} attempts")
         elif age >= self._retry_age:
@@ -256,8 +263,9 @@ class Delivery:
     def _split(self, error: SendError) -> None:
         """The first part is refused whole: look for what spoils it, by halves."""
         parts = self._parts
-        self._requests += 1
         self._refusal = str(error)
+        too_long = error.cause in _TOO_LONG
+        self._requests += not too_long  # that comes to an end by itself
         if self._halved:
             # Of the other half nothing is known; so it goes with all that comes after it.
             first, other = parts.popleft(), parts.popleft()
@@ -269,8 +277,9 @@ class Delivery:
             self._reject(1, 1, self._refusal)
         else:
             self._halve()
-            # Too long is what it is, not one of its lines: that tells nothing of the other half.
-            self._halved = self._halved and error.cause not in _TOO_LONG
+            if too_long:  # and not one of its lines: that tells nothing of the other half
+                self._halved = False
+                self.most_lines = min(self.most_lines, len(parts[0]))
 
     def _halve(self) -> None:
         """Somewhere in the first part is a bad line."""
@@ -281,11 +290,11 @@ class Delivery:
             self._parts.popleft()
             self._parts.extendleft((lines[half:], lines[:half]))
 
-    def _reject(self, rejected: int, count: int, why: str) -> None:
+    def _reject(self, rejected: int, count: int, why: str, cause: str = "rejected") -> None:
         self._counters[REJECTED] += rejected
         self.failed += rejected
         self._report.warn(
-            "rejected",
+            cause,
             "%s: the server rejected %d of %d lines: %s",
             self._name,
             rejected,
@@ -307,6 +316,7 @@ class Delivery:
         """Give up what is held; how many lines."""
         count = self.held
         self._parts.clear()
+        self._due = 0.0
         self._counters[LOST] += count
         self.failed += count
         return count

@@ -267,6 +267,8 @@ class DatabaseOptions:
     )
 
 
+#: Bytes of the path of a socket in the file system: Linux has room for 107.
+_LONGEST_PATH = 107
 #: A URL's scheme to the transport, and to the option that its port is.
 _SCHEMES = {
     "udp": ("udp", "udp_port"),
@@ -389,11 +391,13 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
         mistakes.append(f"{where}['http_port']: expected a port for transport 'http', got 0")
     if values.get("transport") in ("tcp", "unixgram"):
         values.setdefault("http_port", 0)  # who listens there is no InfluxDB
-    if values.get("transport") == "unixgram" and not values.get("socket_path"):
+    if values.get("transport") == "unixgram" and not _is_socket_path(values.get("socket_path")):
         mistakes.append(
-            f"{where}['socket_path']: missing; expected unixgram:///path/of/the/socket, or the "
-            "option 'socket_path'"
+            f"{where}['socket_path']: expected unixgram:///path/of/the/socket, or the option "
+            f"'socket_path', of at most {_LONGEST_PATH} bytes"
         )
+    if values.get("api") == "2" and not values.get("organization"):
+        mistakes.append(f"{where}['organization']: missing; InfluxDB 2.x wants the bucket's")
     if values.get("token") and (values.get("username") or values.get("password")):
         mistakes.append(
             f"{where}: both a token and a username or password; expected one of the two"
@@ -404,6 +408,13 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
     values["name"] = name
     values["database"] = values.get("database") or name
     return DatabaseOptions(**values)
+
+
+def _is_socket_path(path: str | None) -> bool:
+    try:
+        return path is not None and path.strip("/") != "" and len(path.encode()) <= _LONGEST_PATH
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse_url(
@@ -429,13 +440,14 @@ def _parse_url(
             "tcp://host:8094 or unixgram:///path"
         )
         return {}
-    if parts.fragment or "@" in parts.path or "@" in parts.query:
+    transport, port_option = _SCHEMES[parts.scheme]
+    is_path = transport == "unixgram"
+    if parts.fragment or ("@" in parts.path and not is_path) or "@" in parts.query:
         mistakes.append(f"{where}: a '#' or a second '@' in the URL; {_ENCODE}")
         return {}
-    transport, port_option = _SCHEMES[parts.scheme]
     values: dict[str, object] = {"transport": transport}
-    if transport == "unixgram":
-        if host or port is not None:
+    if is_path:
+        if parts.netloc:
             mistakes.append(
                 f"{where}: a host in a unixgram URL; expected three slashes, unixgram:///path"
             )

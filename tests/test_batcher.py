@@ -127,6 +127,67 @@ def make() -> Iterator[Callable[..., Setup]]:
         each.batcher.close(0)
 
 
+class Away:
+    """A server that nobody reaches, until ``answers`` says otherwise."""
+
+    confirms = True
+    address = "http://away:1"
+    max_bytes, burst = 1_000, 1
+
+    def __init__(self) -> None:
+        self.is_back = False
+        self.attempts = 0
+        self.stored: list[bytes] = []
+
+    def write(self, *payloads: bytes) -> int:
+        self.attempts += 1
+        if not self.is_back:
+            raise SendError("nobody is there", "ECONNREFUSED")
+        self.stored += payloads
+        return 0
+
+    def abandon(self) -> None:
+        """Not used here."""
+
+    def close(self) -> None:
+        """Nor is this."""
+
+
+# -- while the server is away ------------------------------------------------------------------
+
+
+def test_who_puts_lines_into_a_full_buffer_wakes_nobody_while_a_batch_waits_for_its_time(
+    make,
+) -> None:
+    away = Away()
+    setup = make(away, max_lines=10)
+    batcher = setup.batcher
+    batcher._delivery._retry_age = 3_600.0
+    batcher._delivery.FIRST_WAIT = 3_600.0
+    setup.buffer.put([b"first"])
+    assert batcher.flush(0.2) is False
+    wait_for(lambda: batcher._wanted, 5, "it waits for the next attempt")
+    for number in range(1_000):
+        setup.buffer.put([b"%d" % number])
+        batcher.wake()
+    assert not batcher._doze.acquire(blocking=False)  # nobody has released it
+    assert away.attempts == 1
+
+
+def test_close_has_one_more_attempt_made_and_lines_dropped_meanwhile_do_not_spoil_it(make) -> None:
+    away = Away()
+    setup = make(away, max_lines=10, batch_size=5)
+    setup.batcher._delivery._retry_age = 3_600.0
+    setup.buffer.put([b"first"])
+    assert setup.batcher.flush(0.2) is False
+    setup.buffer.put([b"%d" % number for number in range(50)])
+
+    away.is_back = True
+    assert setup.batcher.close(5)
+
+    assert b"\n".join(away.stored).split() == [b"first", *(b"%d" % n for n in range(40, 50))]
+
+
 # -- when it sends -----------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -799,14 +800,16 @@ def test_closed_while_the_server_is_away_it_tries_at_once_and_counts_what_it_cou
     begin = time.monotonic()
     assert database.close(0.5) is False
     assert time.monotonic() - begin < 5
-    assert account(database) == {"points": 25, "lost": 10, "dropped": 15}
+    found = account(database)
+    assert found["points"] == found["lost"] + found["dropped"] == 25
+    assert found["lost"] >= 10
     assert database.stats()["errors"] > errors
 
     database.send_data(WHOLE)
     assert database.flush(0.1) is False
     with server:
         assert database.close(20)
-        assert account(database) == {"points": 26, "lost": 10, "dropped": 15, "sent": 1}
+        assert account(database) == {**found, "points": 26, "sent": 1}
 
 
 @contextlib.contextmanager
@@ -938,6 +941,7 @@ def test_send_data_is_a_method_like_any_other(make, server: Server) -> None:
     """With the extension, too, where it is called before anything of Python's is."""
     assert str(inspect.signature(Database.send_data)) == "(self, point: 'object') -> 'None'"
     assert inspect.isroutine(Database.send_data)
+    assert weakref.ref(Database.send_data)() is Database.send_data
     assert Database.send_data.__qualname__ == "Database.send_data"
     assert (Database.send_data.__doc__ or "").startswith("Queue ``point`` for the next batch.")
     database = make()

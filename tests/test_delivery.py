@@ -223,10 +223,11 @@ class Scene:
         )
 
     def go_on(self, most: int = 1_000) -> list[float]:
-        """Try as often as there is something to try; the waits before."""
+        """Try as often as there is something to try; the waits before, those that there were."""
         waits = []
         while self.delivery.held and len(waits) < most:
-            waits.append(round(self.delivery.wait, 3))
+            if self.delivery.wait:
+                waits.append(round(self.delivery.wait, 3))
             self.now += self.delivery.wait
             assert self.delivery.wait == 0
             self.delivery.retry()
@@ -312,15 +313,32 @@ def test_what_somebody_must_mend_is_tried_at_long_intervals() -> None:
 
 
 def test_the_servers_own_wish_is_obeyed_also_by_who_is_in_a_hurry() -> None:
-    scene = Scene(Server(failure("429", 90.0), failure("503", 0.0), failure("503")))
+    scene = Scene(Server(failure("429", 90.0), failure("503"), failure("503")))
     scene.delivery.deliver(BATCH)
-    scene.delivery.hurry()
+    scene.delivery.hurry(at_once=True)
 
     assert scene.go_on(2) == [90.0, 1.0]
     assert scene.delivery.wait == 2.0
     scene.delivery.hurry()
+    assert scene.delivery.wait == 0.5
+    scene.delivery.hurry(at_once=True)
     assert scene.delivery.wait == 0.0
-    assert scene.go_on() == [0.0]
+    scene.go_on()
+    assert scene.server.stored == BATCH
+
+
+def test_who_is_in_a_hurry_can_neither_hammer_the_server_nor_use_up_a_batchs_attempts() -> None:
+    scene = Scene(Server(*[failure("503")] * 20), tries=4)
+    scene.share = 1.0
+    scene.delivery.deliver(BATCH)
+    for _ in range(19):
+        for _ in range(100):
+            scene.delivery.hurry()
+        assert scene.delivery.wait == 0.5
+        scene.now += 0.5
+        scene.delivery.retry()
+        assert scene.delivery.held == 3
+    scene.go_on()
     assert scene.server.stored == BATCH
 
 
@@ -411,6 +429,7 @@ def test_of_a_batch_refused_whole_only_the_bad_lines_are_rejected(
     scene.server.judge = refuse(bad, cause)
 
     scene.delivery.deliver(batch)
+    assert scene.go_on() == []
 
     assert scene.delivery.held == 0
     assert scene.server.stored == [line for line in batch if line not in bad]  # in order
@@ -432,34 +451,54 @@ def test_after_64_requests_the_rest_of_a_batch_is_rejected(
     scene.server.judge = refuse(set(batch[::3]))
 
     scene.delivery.deliver(batch)
+    assert scene.go_on() == []
 
     assert scene.delivery.held == 0
     assert len(scene.server.payloads) == 64
-    assert caplog.messages[-1].startswith("metrics: the server rejected 1 of 1 lines")
+    assert caplog.messages[-1].endswith("found no end of bad lines: it said 400; mend it so")
     found = scene.counted()
     assert found["sent"] == len(scene.server.stored)
     assert found["sent"] + found["rejected"] == 5_000
     assert scene.delivery.failed == found["rejected"]
 
 
+@pytest.mark.parametrize("cause", ["413", "EMSGSIZE"])
 @pytest.mark.parametrize("most", [1, 7, 100, 2_499])
-def test_what_is_too_long_at_once_goes_in_parts(most: int) -> None:
-    batch = [b"line %d" % number for number in range(min(5_000, 50 * most))]
+def test_what_is_too_long_at_once_goes_in_parts_and_the_next_ones_are_shorter(
+    most: int, cause: str
+) -> None:
+    batch = [b"line %d" % number for number in range(5_000)]
     scene = Scene(Server())
 
     def judge(lines: list[bytes]) -> int:
         if len(lines) > most:
-            raise failure("413")
+            raise failure(cause)
         return 0
 
     scene.server.judge = judge
     scene.delivery.deliver(batch)
+    assert scene.go_on() == []
 
-    found = scene.counted()
-    assert scene.server.stored == batch[: found["sent"]]
-    assert found["sent"] + found.get("rejected", 0) == len(batch)
-    assert found["sent"] == len(batch) if most > 2_000 else found["sent"] >= 32 * most // 2
-    assert len(scene.server.payloads) <= 64
+    assert scene.server.stored == batch
+    assert scene.counted()["sent"] == 5_000
+    assert "rejected" not in scene.counted()
+    assert most / 2 <= scene.delivery.most_lines <= most
+
+
+def test_a_line_that_is_too_long_alone_is_rejected() -> None:
+    scene = Scene(Server())
+
+    def judge(lines: list[bytes]) -> int:
+        if sum(map(len, lines)) > 100:
+            raise failure("413")
+        return 0
+
+    scene.server.judge = judge
+    scene.delivery.deliver([b"a", b"x" * 101, b"b"])
+    assert scene.go_on() == []
+
+    assert scene.server.stored == [b"a", b"b"]
+    assert scene.counted()["rejected"] == 1
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 499, 500, 998, 999])
@@ -469,6 +508,7 @@ def test_one_bad_line_of_a_thousand_is_found_in_a_dozen_requests(place: int) -> 
     scene.server.judge = refuse({batch[place]})
 
     scene.delivery.deliver(batch)
+    assert scene.go_on() == []
 
     assert scene.server.stored == batch[:place] + batch[place + 1 :]
     assert scene.counted()["rejected"] == 1
@@ -479,7 +519,7 @@ def test_while_bad_lines_are_looked_for_the_server_may_go_away() -> None:
     batch = [b"line %d" % number for number in range(100)]
     scene = Scene(Server(failure("400"), 0, failure("timeout"), failure("503")))
     scene.delivery.deliver(batch)
-    assert scene.delivery.held == 50
+    assert scene.delivery.held == 100
 
     assert scene.go_on() == [0.5, 1.0]
     assert scene.server.stored == batch
@@ -497,6 +537,7 @@ def test_while_bad_lines_are_looked_for_the_server_may_go_away() -> None:
 def test_a_conflict_of_types_is_tried_again_once_and_at_once() -> None:
     scene = Scene(Server(failure("conflict"), 1))
     scene.delivery.deliver(BATCH)
+    assert scene.go_on() == []
     assert scene.counted() == {
         "sent": 2,
         "rejected": 1,
@@ -509,6 +550,7 @@ def test_a_conflict_of_types_is_tried_again_once_and_at_once() -> None:
     scene = Scene(Server())
     scene.server.judge = refuse({BATCH[1]}, "conflict")
     scene.delivery.deliver(BATCH)
+    assert scene.go_on() == []
     assert scene.server.stored == [BATCH[0], BATCH[2]]
     assert scene.counted()["rejected"] == 1
 

@@ -454,7 +454,15 @@ def test_an_error_text_that_stalls_still_gives_the_status(stub: Stub) -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("7", 7.0), ("-3", 0.0), ("soon", None), (formatdate(0, usegmt=True), 0.0), (None, None)],
+    [
+        ("7", 7.0),
+        ("-3", 0.0),
+        ("9" * 400, 1e9),
+        ("9" * 4_000, 1e9),
+        ("soon", None),
+        (formatdate(0, usegmt=True), 0.0),
+        (None, None),
+    ],
 )
 def test_retry_after_is_kept_for_who_retries(
     stub: Stub, value: str | None, seconds: float | None

@@ -481,10 +481,10 @@ def test_all_mistakes_are_named_at_once() -> None:
             },
         ),
         (
-            "unixgram:///run/tele%20graf.sock?datagram_bytes=8000",
+            "unixgram:///run/tele%20graf@1.sock?datagram_bytes=8000",
             {
                 "transport": "unixgram",
-                "socket_path": "/run/tele graf.sock",
+                "socket_path": "/run/tele graf@1.sock",
                 "http_port": 0,
                 "datagram_bytes": 8000,
             },
@@ -593,9 +593,31 @@ def test_every_option_can_be_said_in_a_url() -> None:
         (
             "unixgram://",
             (
-                "influx_databases['m']['socket_path']: missing; expected "
-                "unixgram:///path/of/the/socket, or the option 'socket_path'"
+                "influx_databases['m']['socket_path']: expected unixgram:///path/of/the/socket, or "
+                "the option 'socket_path', of at most 107 bytes"
             ),
+        ),
+        (
+            "unixgram://user:secret@/run/a",
+            (
+                "influx_databases['m']: a host in a unixgram URL; expected three slashes, "
+                "unixgram:///path"
+            ),
+        ),
+        *(
+            (
+                f"unixgram://{path}",
+                (
+                    "influx_databases['m']['socket_path']: expected "
+                    "unixgram:///path/of/the/socket, or the option 'socket_path', of at most 107 "
+                    "bytes"
+                ),
+            )
+            for path in ("/", "/" + "x" * 107, "/" + "é" * 54, "/%ED%A0%80" * 12)
+        ),
+        (
+            "http://h/b?api=2&token=t",
+            "influx_databases['m']['organization']: missing; InfluxDB 2.x wants the bucket's",
         ),
         (
             "unixgram:///run/a?socket_path=/run/b",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from celery_influx.point import Point
 from celery_influx.transports import open_transport
 from celery_influx.transports.tcp import TCPConnection
 from celery_influx.transports.unixgram import UnixDatagrams
-from tests.servers import free_port, wait_for
+from tests.servers import free_port, load, wait_for
 from tests.test_relay import exit_code, fork, open_files
 
 
@@ -206,6 +210,45 @@ def test_a_listener_that_comes_back_is_found(path: Path) -> None:
         client.write(b"c f=3")
         assert listener.recv(100) == b"c f=3"
         client.close()
+
+
+GREEN = """
+import sys
+{patch}
+from celery_influx import Database, Point
+from celery_influx.options import DatabaseOptions
+database = Database(DatabaseOptions(transport={transport!r}, {where}, http_port=0))
+for number in range(3):
+    database.send_data(Point("m", {{"f": number}}, None, number))
+    assert database.flush(5), number
+assert database.close(5)
+"""
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "",
+        "import gevent.monkey; gevent.monkey.patch_all()",
+        "import eventlet; eventlet.monkey_patch()",
+    ],
+    ids=["threads", "gevent", "eventlet"],
+)
+def test_a_server_that_says_nothing_holds_up_no_second_payload(
+    patch: str, listener: Listener, path: Path
+) -> None:
+    library = patch.partition(";")[0].removeprefix("import ").partition(".")[0]
+    if library and not find_spec(library):
+        load(library)
+    expected = b"m f=0i 0\nm f=1i 1\nm f=2i 2\n"
+    where = f"host='127.0.0.1', tcp_port={listener.port}"
+    run = partial(subprocess.run, check=True, timeout=60)
+    run([sys.executable, "-c", GREEN.format(patch=patch, transport="tcp", where=where)])
+    wait_for(lambda: listener.came == [expected], 5)
+    with bound(path) as datagrams:
+        where = f"socket_path={str(path)!r}"
+        run([sys.executable, "-c", GREEN.format(patch=patch, transport="unixgram", where=where)])
+        assert [datagrams.recv(100) for _ in range(3)] == expected.splitlines()
 
 
 # -- both, with all that is above them ---------------------------------------------------------

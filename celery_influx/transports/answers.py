@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import requests
     from typing_extensions import Self
 
+#: Seconds: a server that asks for longer asks for ever.
+_LONGEST_WISH = 10**9
 _UNPARSABLE = "unable to parse '"
 _DROPPED = re.compile(r"dropped=(\d+)\s*$")
 
@@ -187,7 +189,7 @@ def retry_after(value: str | None, clock: Callable[[], float] = time.time) -> fl
     if value is None:
         return None
     try:
-        return max(0.0, float(int(value)))
+        return float(max(0, min(int(value), _LONGEST_WISH)))
     except ValueError:
         pass
     try:

@@ -52,9 +52,10 @@ class TCPConnection:
             if payloads:
                 sock.sendall(b"\n".join((*payloads, b"")))
         except (OSError, ValueError) as error:  # ValueError: no host can have such a name
+            wanted = "connection" if self._socket is None else "room"
             self.close()
             cause, happened, _ = why(error, None)
-            happened = happened or f"no room within {self._options.http_timeout:g} s"
+            happened = happened or f"no {wanted} within {self._options.http_timeout:g} s"
             raise SendError(
                 f"{self.address}: {happened} ({cause}); does a server for line protocol over TCP "
                 "listen there, and does it keep up?",
@@ -87,6 +88,7 @@ class TCPConnection:
 def _is_closed(sock: socket.socket) -> bool:
     """Whether the server has closed it: else the first payload after that would be gone."""
     try:
-        return not os.read(sock.fileno(), _CHATTER)
+        # Not os.read: eventlet has one that waits.
+        return not os.readv(sock.fileno(), [bytearray(_CHATTER)])
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EINTR)
