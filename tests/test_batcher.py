@@ -134,7 +134,8 @@ class Away:
     address = "http://away:1"
     max_bytes, burst = 1_000, 1
 
-    def __init__(self) -> None:
+    def __init__(self, cause: str = "ECONNREFUSED") -> None:
+        self.cause = cause
         self.is_back = False
         self.attempts = 0
         self.stored: list[bytes] = []
@@ -142,7 +143,7 @@ class Away:
     def write(self, *payloads: bytes) -> int:
         self.attempts += 1
         if not self.is_back:
-            raise SendError("nobody is there", "ECONNREFUSED")
+            raise SendError("not now", self.cause)
         self.stored += payloads
         return 0
 
@@ -174,10 +175,11 @@ def test_who_puts_lines_into_a_full_buffer_wakes_nobody_while_a_batch_waits_for_
     assert away.attempts == 1
 
 
-def test_close_has_one_more_attempt_made_and_lines_dropped_meanwhile_do_not_spoil_it(make) -> None:
+def test_close_has_one_more_attempt_made_at_once(make) -> None:
     away = Away()
     setup = make(away, max_lines=10, batch_size=5)
     setup.batcher._delivery._retry_age = 3_600.0
+    setup.batcher._delivery.FIRST_WAIT = 3_600.0
     setup.buffer.put([b"first"])
     assert setup.batcher.flush(0.2) is False
     setup.buffer.put([b"%d" % number for number in range(50)])
@@ -186,6 +188,24 @@ def test_close_has_one_more_attempt_made_and_lines_dropped_meanwhile_do_not_spoi
     assert setup.batcher.close(5)
 
     assert b"\n".join(away.stored).split() == [b"first", *(b"%d" % n for n in range(40, 50))]
+
+
+def test_lines_that_are_dropped_while_it_closes_do_not_end_it_before_its_time(make) -> None:
+    busy = Away("503")
+    setup = make(busy, max_lines=10, batch_size=5)
+    setup.batcher._delivery._retry_age = 3_600.0
+    setup.batcher._delivery._retry_tries = 1_000
+    setup.buffer.put([b"first"])
+    assert setup.batcher.flush(0.2) is False
+    before = busy.attempts
+    closing = threading.Thread(target=setup.batcher.close, args=(20,))
+    closing.start()
+    wait_for(lambda: busy.attempts > before, 5, "the attempt at its beginning")
+    setup.buffer.put([b"%d" % number for number in range(50)])
+    busy.is_back = True
+    closing.join(30)
+
+    assert busy.stored[0] == b"first"
 
 
 # -- when it sends -----------------------------------------------------------------------------
