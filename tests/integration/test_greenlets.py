@@ -399,7 +399,9 @@ def test_a_name_that_is_looked_up_for_long_does_not_stall_the_hub(
     found = patched(library, "unknown_host", url=url)
 
     assert found["asked"]
-    assert (found["flushed"], found["lost"]) == (False, 1)
+    assert found["flushed"] is False
+    # Over HTTP it is tried again.
+    assert found["account"]["lost" if scheme == "udp" else "errors_no_answer"] >= 1
     assert found["took"] > 0.2
     assert found["stall"] < 50
 

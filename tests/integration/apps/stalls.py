@@ -209,12 +209,11 @@ def unknown_host(url: str) -> dict[str, Any]:
         began = time.perf_counter()
         flushed = influx.flush(3)
         took = time.perf_counter() - began
-    lost = influx.stats()["main"]["lost"]
     return {
         "stall": ticker.longest,
         "took": took,
         "flushed": flushed,
-        "lost": lost,
+        "account": influx.stats()["main"],
         "asked": bool(asked),
     }
 
