@@ -16,6 +16,8 @@ from celery_influx.listener import Listener
 from tests.integration.worker import Worker, publisher
 from tests.servers import Influxd, Redis, wait_for
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 #: The package that is tested, installed or not, and what the pages' code imports besides.
 PATH = os.pathsep.join([str(Path(celery_influx.__file__).parent.parent), str(ROOT)])
