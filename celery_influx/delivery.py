@@ -123,7 +123,7 @@ class Delivery:
 
     def _begin(self) -> None:
         """Nothing has failed yet, of this batch."""
-        self._failures = self._doublings = self._answers = self._requests = 0
+        self._failures = self._answers = self._requests = 0
         self._first_failure = self._last_failure = self._due = 0.0
         self._hurried = False
         self._repeated = self._asked_to_wait = False
@@ -255,9 +255,8 @@ class Delivery:
         if fate is Fate.ACCESS:
             delay = self.LONGEST_WAIT * (1 + self._spread()) / 2
         else:
-            longest = self.FIRST_WAIT * 2.0 ** min(self._doublings, 30)
+            longest = self.FIRST_WAIT * 2.0 ** min(self._failures - 1, 30)
             delay = self._spread() * min(longest, self.LONGEST_WAIT)
-        self._doublings += 1
         return max(delay, retry_after or 0.0, self.SHORTEST_WAIT)
 
     def _split(self, error: SendError) -> None:

@@ -62,6 +62,40 @@ class Transport(Protocol):
         """Give back sockets. Idempotent; ``write`` afterwards opens them again."""
 
 
+class OneSocket:
+    """What transports by one socket share: a ``write`` opens it, and again after an error."""
+
+    confirms = True
+    burst = 1
+
+    def __init__(self, options: DatabaseOptions) -> None:
+        self._options = options
+        self._socket: socket.socket | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it sends."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """In a forked child: close this process's copy of the socket, at once."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket. A ``write`` afterwards opens a new one."""
+        sock, self._socket = self._socket, None
+        if sock:
+            sock.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address} open={self._socket is not None}>"
+
+
+def in_url(host: str) -> str:
+    """A host as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def open_transport(options: DatabaseOptions) -> Transport:
     """The transport that ``options`` name. Opens no socket yet."""
     module, _, name = TRANSPORTS[options.transport].partition(":")

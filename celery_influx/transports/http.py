@@ -28,6 +28,7 @@ from celery_influx.queries import (
     require_read_only,
     require_text,
 )
+from celery_influx.transports import in_url
 from celery_influx.transports import load as load_module
 from celery_influx.transports.answers import Answer, retry_after, why
 from celery_influx.transports.servers import SERVERS
@@ -91,9 +92,8 @@ class HTTPClient:
         self.rejection: str | None = None
         self._options = options
         self._clock = clock
-        host = f"[{options.host}]" if ":" in options.host else options.host
         scheme = "https" if options.secure else "http"
-        self._root = f"{scheme}://{host}:{options.http_port}"
+        self._root = f"{scheme}://{in_url(options.host)}:{options.http_port}"
         self._database = options.database or options.name
         self._server = server = SERVERS[options.api]
         self._write_params = {

@@ -12,28 +12,20 @@ import os
 import socket
 
 from celery_influx.errors import SendError
-from celery_influx.options import DatabaseOptions
+from celery_influx.transports import OneSocket, in_url
 from celery_influx.transports.answers import why
 
 #: Bytes that a server may say between two payloads; nobody reads them.
 _CHATTER = 65_536
 
 
-class TCPConnection:
+class TCPConnection(OneSocket):
     """One connection, opened by the first payload and again after an error."""
-
-    confirms = True
-    burst = 1
-
-    def __init__(self, options: DatabaseOptions) -> None:
-        self._options = options
-        self._socket: socket.socket | None = None
 
     @property
     def address(self) -> str:
         """``tcp://host:port``."""
-        host = self._options.host
-        return f"tcp://{f'[{host}]' if ':' in host else host}:{self._options.tcp_port}"
+        return f"tcp://{in_url(self._options.host)}:{self._options.tcp_port}"
 
     @property
     def max_bytes(self) -> int:
@@ -70,19 +62,6 @@ class TCPConnection:
             where = self._options.host, self._options.tcp_port
             self._socket = socket.create_connection(where, self._options.http_timeout)
         return self._socket
-
-    def abandon(self) -> None:
-        """In a forked child: close this process's copy of the socket, at once."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection. A ``write`` afterwards opens a new one."""
-        sock, self._socket = self._socket, None
-        if sock:
-            sock.close()
-
-    def __repr__(self) -> str:
-        return f"<TCPConnection {self.address} open={self._socket is not None}>"
 
 
 def _is_closed(sock: socket.socket) -> bool:

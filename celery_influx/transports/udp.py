@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from celery_influx.errors import SendError
 from celery_influx.options import DatabaseOptions
+from celery_influx.transports import in_url
 
 #: <linux/in.h>, <linux/in6.h>: the route's MTU as a connected socket knows it. Not in ``socket``.
 _MTU = {socket.AF_INET: (socket.IPPROTO_IP, 14), socket.AF_INET6: (socket.IPPROTO_IPV6, 24)}
@@ -95,8 +96,7 @@ class UDPPool:
     @property
     def address(self) -> str:
         """``udp://host:port``."""
-        host = self._options.host
-        return f"udp://{f'[{host}]' if ':' in host else host}:{self._options.udp_port}"
+        return f"udp://{in_url(self._options.host)}:{self._options.udp_port}"
 
     @property
     def max_bytes(self) -> int:

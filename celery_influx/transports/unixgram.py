@@ -12,7 +12,7 @@ import selectors
 import socket
 
 from celery_influx.errors import SendError
-from celery_influx.options import DatabaseOptions
+from celery_influx.transports import OneSocket
 
 #: As long as the longest of UDP: Telegraf reads no more than 65,536 bytes of a datagram.
 _LONGEST = 65_507
@@ -25,17 +25,11 @@ _MENDS = {
 }
 
 
-class UnixDatagrams:
+class UnixDatagrams(OneSocket):
     """One socket, connected by the first payload and again after an error."""
 
-    confirms = True
-    burst = 1
     #: Seconds to wait where the listener's queue is full.
     SEND_TIMEOUT = 0.1
-
-    def __init__(self, options: DatabaseOptions) -> None:
-        self._options = options
-        self._socket: socket.socket | None = None
 
     @property
     def address(self) -> str:
@@ -81,16 +75,3 @@ class UnixDatagrams:
             sock.setblocking(False)
             sock.connect(self._options.socket_path or "")
         return self._socket
-
-    def abandon(self) -> None:
-        """In a forked child: close this process's copy of the socket, at once."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the socket. A ``write`` afterwards opens a new one."""
-        sock, self._socket = self._socket, None
-        if sock:
-            sock.close()
-
-    def __repr__(self) -> str:
-        return f"<UnixDatagrams {self.address} open={self._socket is not None}>"
