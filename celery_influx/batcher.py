@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from celery_influx.buffer import Buffer
 from celery_influx.counters import DROPPED
@@ -14,6 +17,8 @@ from celery_influx.delivery import Delivery
 from celery_influx.report import Report
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 def is_green() -> bool:
@@ -33,6 +38,10 @@ def _wake(sleeper: threading.Lock) -> None:
         sleeper.release()
 
 
+def _sleep(sleeper: threading.Lock, timeout: float) -> None:
+    sleeper.acquire(timeout=timeout)
+
+
 class Batcher:
     """Empties ``buffer`` into ``delivery``.
 
@@ -47,6 +56,8 @@ class Batcher:
         report: Where failures are said.
         batch_size: Most lines in one payload.
         flush_interval: Longest time a line waits, in seconds.
+        clock: Seconds; with ``sleep``, for tests of long outages.
+        sleep: Waits until the lock is released, so many seconds at most.
     """
 
     #: Seconds that `close` has for what other threads send while it closes.
@@ -64,6 +75,8 @@ class Batcher:
         *,
         batch_size: int,
         flush_interval: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[threading.Lock, float], object] = _sleep,
     ) -> None:
         self._name = name
         self._buffer = buffer
@@ -72,6 +85,8 @@ class Batcher:
         self._report = report
         self._batch_size = batch_size
         self._flush_interval = flush_interval
+        self._clock = clock
+        self._sleep = sleep
         # Not an Event or a Condition, for these have a lock inside: see `Buffer`. Whoever waits
         # acquires a lock for the second time, and is woken by its release.
         self._wanted = False
@@ -79,9 +94,10 @@ class Batcher:
         self._doze = _held()
         self._flushes: list[threading.Lock] = []
         # Lines taken from the buffer whose fate is known, and of these, the ones that did not go
-        # out. Earlier batchers are done with theirs.
-        self._settled = buffer.taken, 0
-        self._failed_before = 0  # close was called
+        # out, and the ones that are on disk. Earlier batchers are done with theirs.
+        self._settled = buffer.taken, 0, 0
+        self._settled_before = self._settled  # close was called
+        self._in_hand: list[list[bytes]] = []  # taken, and not yet handed to `delivery`
         self._green = is_green()
         self._turn = 0.0  # when the others had theirs
         self._deadline: float | None = None  # set by close: when to stop, however much waits
@@ -100,7 +116,7 @@ class Batcher:
         buffer = self._buffer
         deadline = time.monotonic() + timeout
         target = buffer.put_lines
-        failures = buffer.dropped + self._settled[1]
+        failures = buffer.dropped + sum(self._settled[1:])
         self._hurried = self._wanted = True
         _wake(self._doze)
         progress = _held()
@@ -115,13 +131,13 @@ class Batcher:
                 progress.acquire(timeout=min(left, threading.TIMEOUT_MAX))
         finally:
             self._flushes.remove(progress)
-        return buffer.dropped + self._settled[1] == failures
+        return buffer.dropped + sum(self._settled[1:]) == failures
 
     def finish(self, deadline: float) -> None:
         """Ask the thread to send what waits until ``deadline`` (``time.monotonic``), and to end."""
         if self._deadline is None:
             self._last = self._buffer.put_lines
-            self._failed_before = self._settled[1]
+            self._settled_before = self._settled
             self._deadline = deadline
             self._hurried = True
         _wake(self._doze)
@@ -143,16 +159,20 @@ class Batcher:
             self._last = sys.maxsize
             self._deadline = min(self._deadline or 0, time.monotonic() + self.AFTERWARDS)
             self._drain()
-            self._delivery.lose()
+            self._delivery.end()
             self._settle()
-        dropped = self._buffer.clear()
+        hanging = self._buffer.taken - self._settled[0]
+        kept_of_it = self._delivery.keep_attempt()
+        kept, dropped = self._keep()
+        dropped += self._buffer.clear()
         self._counters[DROPPED] += dropped
         self._wake_flushes()
-        settled, failed = self._settled
+        _, failed, spooled = map(operator.sub, self._settled, self._settled_before)
         fates = {
             "dropped": dropped,
-            "in attempts that failed": failed - self._failed_before,
-            "in an attempt that has not ended": self._buffer.taken - settled,
+            "in attempts that failed": failed,
+            "in an attempt that has not ended": hanging - kept_of_it,
+            "kept on disk": spooled + kept_of_it + kept,
         }
         unsent = sum(fates.values())
         if unsent:
@@ -167,6 +187,19 @@ class Batcher:
             return False  # the thread closes the transport, should it ever come back
         self._close_transport()
         return not unsent
+
+    def _keep(self) -> tuple[int, int]:
+        """Have on disk what still waits; how many lines are, and how many could not be."""
+        delivery = self._delivery
+        kept = 0
+        while delivery.spools and len(self._buffer):
+            lines, too_long = self._buffer.take(self._batch_size, delivery.max_bytes)
+            if too_long:
+                delivery.reject(too_long)
+            if not delivery.keep(lines):
+                return kept, len(lines)
+            kept += len(lines)
+        return kept, 0
 
     def hangs(self) -> bool:
         """After ``close``: whether the thread is still in an attempt, and so in the transport."""
@@ -184,11 +217,13 @@ class Batcher:
         return left <= 0 or (waits and (delivery.is_away or delivery.wait > left))
 
     def _run(self) -> None:
+        rest = self._flush_interval
         while self._deadline is None:
-            self._doze.acquire(timeout=self._flush_interval)
+            self._sleep(self._doze, rest)
             self._wanted = False
             self._drain()
-        self._delivery.lose()
+            rest = self._catch_up()
+        self._delivery.end()
         self._settle()
         self._close_transport()
 
@@ -200,31 +235,52 @@ class Batcher:
 
     def _drain(self) -> None:
         """Send until nothing waits; in the end, until all is out that waited at ``close``."""
-        delivery = self._delivery
         more = True
+        waiting = self._buffer.put_lines
         while more and not self._is_over():
-            lists: list[list[bytes]] = []
+            if self._delivery.is_behind and self._buffer.taken + self._buffer.dropped >= waiting:
+                return  # what has come since has time; else what is on disk never had its turn
             before = self._buffer.taken
-            try:
-                if delivery.held:
-                    self._await_next_attempt()
-                    if not self._is_over():
-                        delivery.retry()
-                else:
-                    self._deliver_next(lists)
-                    more = self._buffer.taken > before
-            except BaseException:  # noqa: BLE001 - a thread that dies takes every later point along
-                more = bool(delivery.held) or self._buffer.taken > before
-                delivery.give_up(lists)
-                self._report.warn(
-                    "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True
-                )
-            self._settle()
-            self._give_way()
+            is_held = bool(self._delivery.held)
+            self._step(self._retry if is_held else self._deliver_next)
+            more = is_held or self._buffer.taken > before
 
-    def _deliver_next(self, lists: list[list[bytes]]) -> None:
-        """Take the next lines; ``lists`` has those that are not yet delivered."""
+    def _catch_up(self) -> float:
+        """Send what is in the spool while no line has waited for long; seconds to rest then."""
         delivery = self._delivery
+        until = self._clock() + self._flush_interval
+        left = self._flush_interval
+        while left > 0 and self._deadline is None and not self._wanted:
+            if delivery.wait or not self._step(delivery.catch_up):
+                return min(left, delivery.wait or left)
+            while delivery.held and self._deadline is None:
+                self._step(self._retry)  # the server has found bad lines in it
+            left = until - self._clock()
+        return 0.0
+
+    def _step(self, work: Callable[[], _T]) -> _T | None:
+        """Do it, and whatever comes of it, account for it and go on."""
+        done = None
+        try:
+            done = work()
+        except BaseException:  # noqa: BLE001 - a thread that dies takes every later point along
+            lists, self._in_hand = self._in_hand, []
+            self._delivery.give_up(lists)
+            self._report.warn(
+                "batcher", "%s: sending failed unexpectedly", self._name, exc_info=True
+            )
+        self._settle()
+        self._give_way()
+        return done
+
+    def _retry(self) -> None:
+        self._await_next_attempt()
+        if not self._is_over():
+            self._delivery.retry()
+
+    def _deliver_next(self) -> None:
+        """Take the next lines, and deliver them."""
+        delivery, lists = self._delivery, self._in_hand
         max_bytes = delivery.max_bytes
         batch_size = min(self._batch_size, delivery.most_lines)
         for _ in range(delivery.burst):
@@ -238,6 +294,8 @@ class Batcher:
         if lists:
             given = tuple(lists)
             lists.clear()
+            if self._hurried and delivery.spools:
+                delivery.hurry(at_once=self._deadline is not None)
             self._hurried = False
             delivery.deliver(*given)
 
@@ -250,11 +308,12 @@ class Batcher:
                 delivery.hurry(at_once=self._deadline is not None)
                 continue
             self._wanted = True  # so that nobody wakes it for the sake of the buffer
-            self._doze.acquire(timeout=delivery.wait)
+            self._sleep(self._doze, delivery.wait)
         self._wanted = False
 
     def _settle(self) -> None:
-        self._settled = self._buffer.taken - self._delivery.held, self._delivery.failed
+        delivery = self._delivery
+        self._settled = self._buffer.taken - delivery.undecided, delivery.failed, delivery.spooled
         self._wake_flushes()
 
     def _wake_flushes(self) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 
-#: Name to meaning. ``points == sent + dropped + lost + rejected + queued`` at rest.
+#: Name to meaning. At rest ``points + adopted == sent + dropped + lost + rejected + queued``.
 COUNTERS = {
     "points": "handed to `send_data`, or made by the plugin itself",
     "sent": "handed to the network (UDP) or taken by the server (HTTP)",
-    "dropped": "left the buffer or the pipe unsent, since it was full or time ran out",
+    "dropped": "left the buffer, the pipe or the spool unsent, since it was full or time ran out",
     "lost": "sent or tried, and given up",
     "rejected": "refused by the encoder, too long for the transport, or refused by the server",
     "errors": "failed attempts to send",
@@ -26,6 +26,8 @@ COUNTERS = {
     "errors_busy": "the server cannot now: 408, 425, 429, 5xx",
     "errors_access": "somebody must mend something: 401, 403, 404, TLS",
     "errors_refused": "what was sent was not taken: all others",
+    "spooled": "written to the spool, since the server was away",
+    "adopted": "found in the spool, left there by processes that have ended",
 }
 (
     POINTS,
@@ -42,6 +44,8 @@ COUNTERS = {
     ERRORS_BUSY,
     ERRORS_ACCESS,
     ERRORS_REFUSED,
+    SPOOLED,
+    ADOPTED,
 ) = range(len(COUNTERS))
 
 
@@ -87,5 +91,5 @@ class Counters:
         }
         settled = sums["sent"] + sums["dropped"] + sums["lost"] + sums["rejected"]
         # The rows are read one after another, so a point may be seen sent before it is seen made.
-        sums["queued"] = max(0, sums["points"] - settled)
+        sums["queued"] = max(0, sums["points"] + sums["adopted"] - settled)
         return sums

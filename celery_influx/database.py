@@ -30,6 +30,7 @@ from celery_influx.transports import Transport, load, open_transport
 if TYPE_CHECKING:
     from celery_influx.queries import QueryResult
     from celery_influx.relay import RelayEnd
+    from celery_influx.spool import Spool
     from celery_influx.transports.http import HTTPClient, Ping
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Database(_Way):
         self._wake_bytes = min(options.batch_bytes, options.queue_bytes // 2)
         self._retired: list[object] = []
         self._transport: Transport | None = None
+        self._spool: Spool | None = None
         self._http: HTTPClient | None = None
         self._batcher: Batcher | None
         self._unrelayed: int  # lines that the relay did not take since the last flush
@@ -267,7 +269,7 @@ class Database(_Way):
                 self._closing = False
                 # It is closed, or belongs to the thread that hangs in it; `begin_anew` would
                 # keep it for ever, one for each start of a worker in this process.
-                self._transport = None
+                self._transport = self._spool = None
                 if len(self._buffer):
                     self._start()  # for what came after its last look
 
@@ -378,6 +380,7 @@ class Database(_Way):
             self._opening = True
             try:
                 self._transport = self._transport or open_transport(self.options)
+                self._spool = self._open_spool()
                 delivery = Delivery(
                     self.name,
                     self._transport,
@@ -385,6 +388,8 @@ class Database(_Way):
                     self._report,
                     retry_age=self.options.retry_age,
                     retry_tries=self.options.retry_tries,
+                    spool=self._spool,
+                    spool_first=self.options.spool_mode == "always",
                 )
                 quickest = self._quickest()
                 self._batcher = Batcher(
@@ -400,6 +405,39 @@ class Database(_Way):
                 self._accept = quickest
             finally:
                 self._opening = False
+
+    def _open_spool(self) -> Spool | None:
+        options = self.options
+        if not options.spool_dir:
+            return None
+        spool = load("celery_influx.spool")
+        try:
+            kind = spool.shared_file_system(options.spool_dir)
+            if kind:
+                logger.warning(
+                    "%s: 'spool_dir' %s is on a file system of kind %s, where locks and writes are "
+                    "not safe: points may be lost or sent twice; expected a folder on a local disk",
+                    self.name,
+                    options.spool_dir,
+                    kind,
+                )
+            opened: Spool = spool.Spool(
+                self.name,
+                options.spool_dir,
+                options.spool_bytes,
+                self._counters,
+                self._report,
+                fsync=options.spool_fsync,
+            )
+        except OSError as error:
+            logger.warning(
+                "%s: no spool, so points wait in memory only: %s; expected a 'spool_dir' in which "
+                "this user may write",
+                self.name,
+                error,
+            )
+            return None
+        return opened
 
     def _quickest(self) -> Callable[[Point], None]:
         """``_send``, or what does the same in C; that knows no start of a batcher."""
@@ -449,9 +487,11 @@ class Database(_Way):
         """
         if self._transport:
             self._transport.abandon()
+        if self._spool:
+            self._spool.abandon()
         # Kept, for their finalisers would close file numbers that may be others' by then.
-        self._retired += filter(None, (self._transport, self._http))
-        self._transport = self._http = None
+        self._retired += filter(None, (self._transport, self._spool, self._http))
+        self._transport = self._spool = self._http = None
         self._forget()
 
     def _forget(self) -> None:

@@ -1,8 +1,9 @@
 """What becomes of a batch: attempts by the transport, what a failed one means, and the account.
 
 A transport makes one attempt and says what came of it. Of one that says whether points arrived
-(HTTP), what failed for a reason that may pass is tried again, here, one batch at a time: meanwhile
-the others wait in the buffer, which drops the oldest.
+(HTTP), what failed for a reason that may pass is tried again. Without a spool that is one batch at
+a time: meanwhile the others wait in the buffer, which drops the oldest. With one, all that cannot
+be sent goes there, and comes back when the server does and no newer line waits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from celery_influx.counters import (
 )
 from celery_influx.errors import SendError
 from celery_influx.report import Report
+from celery_influx.spool import Spool
 from celery_influx.transports import Transport
 
 
@@ -67,8 +69,8 @@ def fate_of(cause: str) -> Fate:
 class Delivery:
     """Hands batches to ``transport`` and counts what came of them in ``counters``.
 
-    One batch at a time: after ``deliver``, and as long as lines are ``held``, ``retry`` is to be
-    called, ``wait`` seconds later. Each of these calls makes one attempt.
+    One batch at a time: after ``deliver`` or ``catch_up``, and as long as lines are ``held``,
+    ``retry`` is to be called, ``wait`` seconds later. Each call makes one attempt at most.
 
     Args:
         name: The database's name, for the log.
@@ -77,11 +79,14 @@ class Delivery:
         report: Where failures are said, once a minute per cause.
         retry_age: Seconds after the first failed attempt for which a batch is tried again.
         retry_tries: Most attempts of a batch that a server which is there answers with an error.
+        spool: Where batches go that cannot be sent.
+        spool_first: Have each batch on disk before its first attempt.
         clock: Seconds, monotonic.
         spread: A number from 0 to 1, another each time.
 
     Attributes:
         failed: Lines that did not go out, lost or rejected, up to now.
+        spooled: Lines of ``deliver`` that went to the spool, up to now.
         most_lines: Of a payload: as many as the server does not say is too long.
         is_away: The last attempt came to nobody who could take anything.
     """
@@ -104,6 +109,8 @@ class Delivery:
         *,
         retry_age: float = 0.0,
         retry_tries: int = 1,
+        spool: Spool | None = None,
+        spool_first: bool = False,
         clock: Callable[[], float] = time.monotonic,
         spread: Callable[[], float] = random.random,
     ) -> None:
@@ -113,20 +120,34 @@ class Delivery:
         self._report = report
         self._retry_age = retry_age
         self._retry_tries = retry_tries
+        self._spool = spool
+        self._spool_first = spool_first
         self._clock = clock
         self._spread = spread
-        self.failed = 0
+        self.failed = self.spooled = 0
         self.most_lines = sys.maxsize
         self.is_away = False
         self._parts: deque[list[bytes]] = deque()  # of the batch, in order
+        # Of the oldest batch in the spool: answers that were about it, and not the server's state.
+        self._head_answers = 0
+        self._took_others = False
+        self._answered()
         self._begin()
 
-    def _begin(self) -> None:
-        """Nothing has failed yet, of this batch."""
-        self._failures = self._answers = self._requests = 0
-        self._first_failure = self._last_failure = self._due = 0.0
-        self._hurried = False
-        self._repeated = self._asked_to_wait = False
+    def _answered(self) -> None:
+        """The server is there."""
+        self._failures = 0
+        self._last_failure = self._due = 0.0
+        self._hurried = self._asked_to_wait = self.is_away = False
+
+    def _begin(self, *lists: list[bytes], is_head: bool = False) -> None:
+        """The next batch. Nothing has failed yet, of this one."""
+        self._parts.extend(lists)
+        self._is_head = is_head  # and stands in the spool, until it is done with
+        self._size = self.held
+        self._answers = self._requests = 0
+        self._first_failure: float | None = None
+        self._repeated = False
         self._halved = False  # one of the first two parts has a bad line
         self._refusal = ""
 
@@ -141,9 +162,24 @@ class Delivery:
         return self._transport.burst
 
     @property
+    def spools(self) -> bool:
+        """Whether what cannot be sent goes to disk."""
+        return self._spool is not None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether batches wait in the spool."""
+        return self._spool is not None and self._spool.bytes > 0
+
+    @property
     def held(self) -> int:
         """Lines that are to be tried again."""
         return sum(map(len, self._parts))
+
+    @property
+    def undecided(self) -> int:
+        """Of the lines that ``deliver`` was given, those that are to be tried again."""
+        return 0 if self._is_head else self.held
 
     @property
     def wait(self) -> float:
@@ -162,29 +198,41 @@ class Delivery:
 
     def deliver(self, *lists: list[bytes]) -> None:
         """Send a batch, each list as one payload."""
-        self._begin()
-        self._parts.extend(lists)
+        self._begin(*lists)
         if self._transport.confirms:
-            self.retry()
+            if not (self._spool and self.wait and self._put_aside()):
+                if self._spool and self._spool_first:
+                    self._on_disk(self._spool.hold, self._all_held())
+                self.retry()
             return
         try:
             self._write(*lists)
         except SendError as error:
             self._counters[ERRORS] += 1
-            count = self.lose()
+            count = self._lose()
             self._report.warn(
                 f"send {error.cause}", "%s: %s; %d lines lost", self._name, error, count
             )
         self._parts.clear()
 
+    def catch_up(self) -> bool:
+        """Make one attempt at the oldest batch in the spool; whether there was one."""
+        lines = self._spool.head() if self._spool else None
+        if lines is None:
+            return False
+        self._begin(lines, is_head=True)
+        self.retry()
+        return True
+
     def retry(self) -> None:
         """Make one attempt at what is left of the batch."""
-        self.is_away = False
         try:
             self._write(self._parts[0])
         except SendError as error:
             self._see_to(error)
         else:
+            self._answered()
+            self._took_others = self._took_others or not self._is_head
             self._parts.popleft()
             self._requests += bool(self._requests)  # from the first refusal on
             if self._halved:  # then it is the other half that is spoilt
@@ -193,6 +241,17 @@ class Delivery:
             count = self.held
             self._parts.clear()
             self._reject(count, count, f"found no end of bad lines: {self._refusal}", "no end")
+        if not self._parts:
+            self._done()
+
+    def _done(self) -> None:
+        """Nothing of the batch is left, here or in the spool."""
+        if self._spool and self._is_head:
+            self._is_head = False
+            self._head_answers = 0
+            self._spool.pop()
+        elif self._spool and self._spool_first:
+            self._on_disk(self._spool.release)
 
     def _write(self, *lists: list[bytes]) -> None:
         """One attempt: all went out, but for what the server says it rejected."""
@@ -211,6 +270,8 @@ class Delivery:
     def _see_to(self, error: SendError) -> None:
         """An attempt at the first part has failed."""
         fate = fate_of(error.cause)
+        if fate in (Fate.AGAIN, Fate.SPLIT, Fate.FINAL):
+            self._answered()
         self._counters[ERRORS] += 1
         self._counters[_COUNTERS.get(fate, ERRORS_REFUSED)] += 1
         if fate is Fate.AGAIN and not self._repeated:
@@ -225,29 +286,68 @@ class Delivery:
     def _hold(self, fate: Fate, error: SendError) -> None:
         """Have it tried again, if it may be."""
         self._last_failure = now = self._clock()
-        if not self._failures:
+        if self._first_failure is None:
             self._first_failure = now
         age = now - self._first_failure
         self._failures += 1
         self._answers += fate is Fate.BUSY and not self._hurried
         self._hurried = False
         self.is_away = fate is not Fate.BUSY
-        if self._answers >= self._retry_tries:
+        if self._is_head:
+            # The server takes other batches, and not this one.
+            self._head_answers += fate is Fate.BUSY and self._took_others
+            self._took_others = False
+            self._answers = self._head_answers
+        count, delay = self.held, self._delay(fate, error.retry_after)
+        if (self._is_head or not self._spool) and self._answers >= self._retry_tries:
             self._give_up_on(error, f" after {self._answers} attempts")
+            return
+        if self._put_aside():
+            where = "and all that follow are in the spool"
         elif age >= self._retry_age:
             self._give_up_on(error, f" after {age:.0f} s" if age else "")
+            return
         else:
             # Where the server asks for longer than that, it is asked once more at the end.
-            delay = min(self._delay(fate, error.retry_after), self._retry_age - age)
-            self._due = now + delay
-            self._report.warn(
-                f"send {error.cause}",
-                "%s: %s; %d lines are tried again, in %.1f s; the others wait",
-                self._name,
-                error,
-                self.held,
-                delay,
-            )
+            delay = min(delay, self._retry_age - age)
+            where = "the others wait"
+        self._due = now + delay
+        self._report.warn(
+            f"send {error.cause}",
+            "%s: %s; %d lines are tried again, in %.1f s; %s",
+            self._name,
+            error,
+            count,
+            delay,
+            where,
+        )
+
+    def _all_held(self) -> list[bytes]:
+        return [line for part in self._parts for line in part]
+
+    def _put_aside(self) -> bool:
+        """Have what is left of the batch in the spool, and not here; whether it is."""
+        if not self._spool:
+            return False
+        lines, was_head = self._all_held(), self._is_head
+        if was_head and len(lines) == self._size:
+            self._is_head = False  # it stays where it is
+        else:
+            if was_head:
+                self._done()
+            if not self._on_disk(self._spool.append, lines):
+                return False
+            self.spooled += 0 if was_head else len(lines)
+        self._parts.clear()
+        return True
+
+    def _on_disk(self, change: Callable[..., None], *args: list[bytes]) -> bool:
+        try:
+            change(*args)
+        except OSError as error:
+            self._report.warn("spool write", "%s: the spool fails: %s", self._name, error)
+            return False
+        return True
 
     def _delay(self, fate: Fate, retry_after: float | None) -> float:
         """Seconds before the next attempt: random, lest all workers come at one moment."""
@@ -307,15 +407,14 @@ class Delivery:
             "%s: %s; %d lines lost%s",
             self._name,
             error,
-            self.lose(),
+            self._lose(),
             after,
         )
 
-    def lose(self) -> int:
-        """Give up what is held; how many lines."""
+    def _lose(self) -> int:
         count = self.held
         self._parts.clear()
-        self._due = 0.0
+        self._answered()  # as far as the next one is concerned
         self._counters[LOST] += count
         self.failed += count
         return count
@@ -324,7 +423,26 @@ class Delivery:
         """Something failed that nobody foresaw: count as lost what is held, and ``lists``."""
         self._counters[ERRORS] += 1
         self._parts.extend(lists)
-        self.lose()
+        self._lose()
+        self._done()
+
+    def end(self) -> None:
+        """No more attempts: what is held goes to the spool, or is lost."""
+        if self._parts and not self._put_aside():
+            self._lose()
+
+    def keep(self, lines: list[bytes]) -> bool:
+        """At the end: have ``lines`` in the spool; whether they are."""
+        return self._spool is not None and self._on_disk(self._spool.append, lines)
+
+    def keep_attempt(self) -> int:
+        """At the end, while another thread hangs in an attempt: have that batch in the spool.
+
+        Returns:
+            How many lines are there now: they are sent twice, should it succeed yet.
+        """
+        lines = [] if self._is_head else self._all_held()
+        return len(lines) if lines and (self._spool_first or self.keep(lines)) else 0
 
     def reject(self, lines: int) -> None:
         """Count ``lines`` that are longer than any payload."""
@@ -343,5 +461,9 @@ class Delivery:
         )
 
     def close(self) -> None:
-        """Close the transport."""
-        self._transport.close()
+        """Close the transport and the spool."""
+        try:
+            self._transport.close()
+        finally:
+            if self._spool:
+                self._spool.close()

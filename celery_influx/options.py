@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -260,6 +260,31 @@ class DatabaseOptions:
         at_least=1,
         at_most=1_000_000,
     )
+    spool_dir: str | None = option(
+        None,
+        "Folder, on a local disk, for batches that cannot be sent over HTTP, TCP or `unixgram`: "
+        "they are sent when it is back, after a restart, too. Without this they wait in memory.",
+        kind=str,
+    )
+    spool_bytes: int = option(
+        268_435_456,
+        "Most bytes on disk, for each process and database; when full, the oldest go and are "
+        "counted as dropped.",
+        unit="bytes",
+        at_least=65_536,
+        at_most=1_000_000_000_000_000,
+    )
+    spool_mode: str = option(
+        "failed",
+        "Which batches go to disk: those whose attempt has `failed`; or `always` all, before it: "
+        "then a killed process loses only what is not yet a batch.",
+        choices=("failed", "always"),
+    )
+    spool_fsync: bool = option(
+        False,
+        "Wait with each batch until the disk has it: then a loss of power loses no more than a "
+        "killed process does.",
+    )
     gzip: bool = option(
         False,
         "Compress what is sent over HTTP: an eighth of the bytes, for twice the CPU time. For "
@@ -396,6 +421,8 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
             f"{where}['socket_path']: expected unixgram:///path/of/the/socket, or the option "
             f"'socket_path', of at most {_LONGEST_PATH} bytes"
         )
+    if values.get("spool_dir") is not None:
+        mistakes += _spool_mistakes(values, where)
     if values.get("api") == "2" and not values.get("organization"):
         mistakes.append(f"{where}['organization']: missing; InfluxDB 2.x wants the bucket's")
     if values.get("token") and (values.get("username") or values.get("password")):
@@ -408,6 +435,25 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
     values["name"] = name
     values["database"] = values.get("database") or name
     return DatabaseOptions(**values)
+
+
+def _spool_mistakes(values: Mapping[str, Any], where: str) -> Iterator[str]:
+    if values.get("transport", "udp") == "udp":
+        yield (
+            f"{where}['spool_dir']: UDP does not say what did not arrive; expected the transport "
+            "'http', 'tcp' or 'unixgram'"
+        )
+    if not values["spool_dir"].startswith("/"):
+        yield (
+            f"{where}['spool_dir']: expected an absolute path, since a worker's own folder may "
+            f"change, got {_shown(values['spool_dir'])}"
+        )
+    smallest = 2 * values.get("batch_bytes", DatabaseOptions.batch_bytes)
+    if values.get("spool_bytes", DatabaseOptions.spool_bytes) < smallest:
+        yield (
+            f"{where}['spool_bytes']: expected room for two batches, {smallest} bytes with this "
+            f"'batch_bytes', got {values['spool_bytes']}"
+        )
 
 
 def _is_socket_path(path: str | None) -> bool:

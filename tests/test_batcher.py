@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -20,6 +21,7 @@ from celery_influx.delivery import Delivery
 from celery_influx.errors import SendError
 from celery_influx.options import DatabaseOptions
 from celery_influx.report import Report
+from celery_influx.spool import Spool
 from celery_influx.transports import Transport
 from celery_influx.transports.http import HTTPClient
 from celery_influx.transports.udp import UDPPool
@@ -87,15 +89,17 @@ class Setup:
         flush_interval: float = NEVER,
         batch_size: int = 5_000,
         max_lines: int = 100_000,
+        spool: Path | None = None,
     ) -> None:
         self.counters = Counters(1)
         row = self.counters.row(0)
         report = Report(logging.getLogger("tests.batcher"))
         self.buffer = Buffer(max_lines, 10_000_000)
+        disk = Spool("metrics", str(spool), 1_000_000, row, report) if spool else None
         self.batcher = Batcher(
             "metrics",
             self.buffer,
-            Delivery("metrics", transport, row, report),
+            Delivery("metrics", transport, row, report, spool=disk),
             row,
             report,
             batch_size=batch_size,
@@ -152,6 +156,68 @@ class Away:
 
     def close(self) -> None:
         """Nor is this."""
+
+
+# -- with a spool ------------------------------------------------------------------------------
+
+
+def test_what_is_on_disk_is_sent_without_a_new_line_when_the_server_is_back(make, tmp_path) -> None:
+    away = Away()
+    setup = make(away, spool=tmp_path, flush_interval=0.05)
+    setup.buffer.put([b"first"])
+    assert setup.batcher.flush(5) is False  # at once: it is on disk
+    assert setup.counted()["spooled"] == 1
+    away.is_back = True
+    wait_for(lambda: setup.counted().get("sent"), 10, "it is sent")
+    assert away.stored == [b"first"]
+    setup.buffer.put([b"second"])
+    assert setup.batcher.flush(5) is True
+
+
+def test_in_an_outage_the_buffer_is_empty_and_flush_has_an_attempt_made(make, tmp_path) -> None:
+    away = Away()
+    setup = make(away, spool=tmp_path, batch_size=5)
+    delivery = setup.batcher._delivery
+    delivery.FIRST_WAIT = 3_600.0
+    delivery._spread = lambda: 1.0
+    setup.buffer.put([b"%d" % number for number in range(50)])
+    assert setup.batcher.flush(5) is False
+    assert setup.counted()["spooled"] == 50
+    assert away.attempts == 1
+    away.is_back = True
+    delivery.FIRST_WAIT = 0.0
+    setup.buffer.put([b"now"])
+    assert setup.batcher.flush(5) is True
+    assert away.stored[0] == b"now"
+
+
+def test_at_the_end_all_is_on_disk_and_the_next_one_sends_it(make, tmp_path, caplog) -> None:
+    setup = make(Away(), spool=tmp_path, batch_size=5)
+    setup.buffer.put([b"%d" % number for number in range(50)])
+    assert setup.batcher.close(5) is False
+    assert "50 lines could not be sent within 5.0 s at the end: 50 kept on disk" in caplog.text
+
+    gate = Gate()
+    gate.confirms = True
+    back = make(gate, spool=tmp_path, flush_interval=0.05)
+    wait_for(lambda: len(gate.lines) == 50, 10, "the next one has found them")
+    assert gate.lines == [b"%d" % number for number in range(50)]
+    assert back.batcher.close(5)
+    assert back.counted() == {"adopted": 50, "sent": 50, "payloads": 10}
+
+
+def test_the_batch_of_an_attempt_that_hangs_at_the_end_is_on_disk_too(
+    make, gate: Gate, tmp_path, caplog
+) -> None:
+    gate.confirms = True
+    gate.open.clear()
+    setup = make(gate, spool=tmp_path, batch_size=5)
+    setup.buffer.put([b"%d" % number for number in range(12)])
+    setup.batcher.wake()
+    assert gate.entered.wait(5)
+    assert setup.batcher.close(0.1) is False
+    assert "12 kept on disk" in caplog.text
+    assert setup.counted() == {"spooled": 12}
 
 
 # -- while the server is away ------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from celery_influx.counters import COUNTERS, Counters
 from celery_influx.delivery import Delivery, Fate, fate_of
 from celery_influx.errors import SendError
 from celery_influx.report import Report
+from celery_influx.spool import Spool
 
 
 class Recorder:
@@ -180,7 +182,7 @@ class Server:
 
     def __init__(self, *answers: int | Exception) -> None:
         self.answers = list(answers)
-        self.judge: Callable[[list[bytes]], int] | None = None
+        self.judge: Callable[[list[bytes]], int | Exception] | None = None
         self.payloads: list[bytes] = []
         self.stored: list[bytes] = []
 
@@ -189,10 +191,10 @@ class Server:
         self.payloads.append(payload)
         lines = payload.split(b"\n")
         answer = self.answers.pop(0) if self.answers else 0
+        if self.judge and not answer:
+            answer = self.judge(lines)
         if isinstance(answer, Exception):
             raise answer
-        if self.judge:
-            answer = self.judge(lines)
         self.stored += lines[answer:]
         return answer
 
@@ -206,18 +208,32 @@ class Server:
 class Scene:
     """A delivery to a ``Server``, and a clock that goes on by hand."""
 
-    def __init__(self, server: Server, *, age: float = 600.0, tries: int = 4) -> None:
+    def __init__(
+        self,
+        server: Server,
+        *,
+        age: float = 600.0,
+        tries: int = 4,
+        spool: Path | None = None,
+        spool_first: bool = False,
+    ) -> None:
         self.server = server
         self.counters = Counters(1)
         self.now = 1_000.0
         self.share = 1.0
+        row = self.counters.row(0)
+        report = Report(logging.getLogger("tests.delivery"), clock=lambda: self.now)
+        if spool:
+            self.spool = Spool("metrics", str(spool), 10_000_000, row, report)
         self.delivery = Delivery(
             "metrics",
             server,
-            self.counters.row(0),
-            Report(logging.getLogger("tests.delivery"), clock=lambda: self.now),
+            row,
+            report,
             retry_age=age,
             retry_tries=tries,
+            spool=self.spool if spool else None,
+            spool_first=spool_first,
             clock=lambda: self.now,
             spread=lambda: self.share,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import logging
 import os
 import socket
 import ssl
@@ -25,6 +26,7 @@ from celery import Celery, shared_task
 
 import celery_influx
 from celery_influx import tasks
+from celery_influx.counters import Counters
 from celery_influx.database import Database
 from celery_influx.errors import (
     ConfigError,
@@ -40,6 +42,8 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.plugin import Influx
 from celery_influx.point import Point
 from celery_influx.queries import quote_ident, quote_string
+from celery_influx.report import Report
+from celery_influx.spool import Spool
 from celery_influx.transports import http, udp, unixgram
 from celery_influx.transports.http import HTTPClient
 from celery_influx.transports.tcp import TCPConnection
@@ -803,6 +807,14 @@ def _look_up(answer: Any, times: int) -> Callable[[Parts], None]:
     return provoke
 
 
+def _spool_into_a_file(parts: Parts) -> None:
+    """Where the folder should be made."""
+    path = parts.folder / "m"
+    path.write_bytes(b"")
+    parts.words = str(path)
+    Spool("m", str(parts.folder), 1_000_000, Counters(1).row(0), Report(logging.getLogger("t")))
+
+
 def _connect(parts: Parts) -> None:
     """By TCP, to a port at which nobody listens."""
     parts.port = free_port()
@@ -869,6 +881,11 @@ UNANSWERED = [
         "m: no HTTP API, since 'http_port' is 0; expected a port, 8086 for instance; ping, query "
         "and post need it",
         lambda parts: parts.database(http_port=0).query(SHOW),
+    ),
+    Row(
+        PermissionError,
+        "WORDS is no folder of this user's; expected one, or a 'spool_dir' in which it can be made",
+        _spool_into_a_file,
     ),
     unanswered(f"{HOME}: connection refused (ECONNREFUSED); {REACH}", _be_refused),
     # The helper task's error is the same.

@@ -42,6 +42,7 @@ BANDS = {
     "celery_influx.transports.answers": IO,
     "celery_influx.transports.http": IO,
     "celery_influx.report": IO,
+    "celery_influx.spool": IO,
     "celery_influx.delivery": IO,
     "celery_influx.runs": IO,
     "celery_influx.under_way": IO,

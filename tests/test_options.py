@@ -48,6 +48,10 @@ TAKES = {
     "http_timeout": "seconds greater than 0 and at most 600",
     "retry_age": "seconds at least 0 and at most 604800",
     "retry_tries": "a whole number at least 1 and at most 1000000",
+    "spool_dir": "a string or None",
+    "spool_bytes": "a whole number of bytes at least 65536 and at most 1000000000000000",
+    "spool_mode": "one of 'failed', 'always'",
+    "spool_fsync": "True or False",
     "gzip": "True or False",
 }
 SETTING_TAKES = {
@@ -78,6 +82,7 @@ LIMITS: dict[str, tuple[list[float], list[float]]] = {
     "http_timeout": ([0, -0.5, 601], [0.1, 600]),
     "retry_age": ([-1, -0.001, 604_801], [0, 604_800]),
     "retry_tries": ([0, 1_000_001], [1, 1_000_000]),
+    "spool_bytes": ([65_535, 10**15 + 1], [65_536, 10**15]),
     "shutdown_timeout": ([-1, -0.001], [0, 10]),
 }
 SECRETS = {"password", "token"}
@@ -194,7 +199,7 @@ def test_a_value_outside_its_range_is_named_and_one_at_its_end_is_taken(name: st
             assert getattr(load({f"influx_{name}": value}), name) == value
 
 
-@pytest.mark.parametrize("name", ["transport", "api", "epoch", "precision"])
+@pytest.mark.parametrize("name", ["transport", "api", "epoch", "precision", "spool_mode"])
 def test_an_unknown_choice_is_named_with_the_choices(name: str) -> None:
     for value in ("us", "", "UDP"):
         expected = f"influx_databases['m'][{name!r}]: expected {TAKES[name]}, got {value!r}"
@@ -205,7 +210,7 @@ def test_an_unknown_choice_is_named_with_the_choices(name: str) -> None:
 def test_every_option_that_has_choices_is_tried() -> None:
     with_choices = {field.name for field in DATABASE_FIELDS if field.metadata["choices"]}
 
-    assert with_choices == {"transport", "api", "epoch", "precision"}
+    assert with_choices == {"transport", "api", "epoch", "precision", "spool_mode"}
 
 
 def test_a_choice_may_be_a_string_enum_and_is_kept_as_plain_text() -> None:
@@ -501,10 +506,10 @@ def test_every_option_can_be_said_in_a_url() -> None:
         if field.name in ("transport", "host", "username", "password", "secure"):
             continue
         value = {
-            int: "1024" if "bytes" in field.name else "7",
+            int: "10000000" if "spool" in field.name else "1024" if "bytes" in field.name else "7",
             float: "1.5",
             bool: "True",
-            str: (field.metadata["choices"] or ("word",))[-1],
+            str: (field.metadata["choices"] or ("/word" if "dir" in field.name else "word",))[-1],
         }[field.metadata["kind"]]
 
         found = getattr(database(f"http://h?{field.name}={value}"), field.name)
@@ -618,6 +623,27 @@ def test_every_option_can_be_said_in_a_url() -> None:
         (
             "http://h/b?api=2&token=t",
             "influx_databases['m']['organization']: missing; InfluxDB 2.x wants the bucket's",
+        ),
+        (
+            "udp://h?spool_dir=/var/spool/x",
+            (
+                "influx_databases['m']['spool_dir']: UDP does not say what did not arrive; expected "
+                "the transport 'http', 'tcp' or 'unixgram'"
+            ),
+        ),
+        (
+            "http://h/b?spool_dir=spool",
+            (
+                "influx_databases['m']['spool_dir']: expected an absolute path, since a worker's own "
+                "folder may change, got 'spool'"
+            ),
+        ),
+        (
+            "http://h/b?spool_dir=/x&spool_bytes=2000000",
+            (
+                "influx_databases['m']['spool_bytes']: expected room for two batches, 2097152 bytes "
+                "with this 'batch_bytes', got 2000000"
+            ),
         ),
         (
             "unixgram:///run/a?socket_path=/run/b",

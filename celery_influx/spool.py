@@ -1,0 +1,479 @@
+"""Batches on disk, for a server that is away: in order, bounded, and still there after a crash.
+
+One folder per database. Each process that spools there is an *owner*, and named by when it began:
+
+- ``OWNER.lock`` is locked for as long as the process lives, by a lock that no child inherits. In it
+  stands how far the owner's segments have been sent.
+- ``OWNER.00000001.spool``, ...: its segments, only ever appended to, oldest first.
+- ``OWNER.hand.spool``: the batch that is being sent, where that is asked for.
+
+Who finds the lock of another owner free adopts its segments. A segment is a row of records, each a
+batch with a checksum; what is no record is passed over. A crash may send a record twice, but loses
+only the one that was being written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import stat
+import struct
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+from urllib.parse import quote
+
+from celery_influx.counters import ADOPTED, DROPPED, LOST, SPOOLED
+from celery_influx.report import Report
+
+#: Of a record: magic, number of lines, bytes of the body, CRC-32 of the body. The body is each
+#: line's length, and the lines with newlines between them: for whoever looks, since a line may
+#: have newlines of its own. No UTF-8 has a byte 255.
+_HEADER = struct.Struct("<4sIII")
+_MAGIC = b"\xffCI1"
+_LOCK, _SEGMENT, _HAND = ".lock", ".spool", "hand"
+#: File systems whose locks or writes other machines, or other programs, answer for.
+_SHARED = re.compile(
+    r"nfs4?|cifs|smb3|smbfs|9p|afs|ceph|glusterfs|lustre|gfs2|ocfs2|fuse\.(sshfs|s3fs|glusterfs|rclone)"
+)
+#: The locks that this process has: it may not open these files again, since closing any of its
+#: descriptors of a file ends its lock of it. A forked child has none of its parent's.
+_ours: set[tuple[int, Path]] = set()
+
+
+def pack(lines: list[bytes]) -> bytes:
+    """One record."""
+    body = struct.pack(f"<{len(lines)}I", *map(len, lines)) + b"\n".join(lines)
+    return _HEADER.pack(_MAGIC, len(lines), len(body), zlib.crc32(body)) + body
+
+
+def records(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Start, end and number of lines of each whole record in ``data`` from ``start`` on."""
+    while (start := data.find(_MAGIC, start)) >= 0:
+        if len(data) - start < _HEADER.size:
+            return
+        _, count, size, crc = _HEADER.unpack_from(data, start)
+        end = start + _HEADER.size + size
+        if end <= len(data) and zlib.crc32(memoryview(data)[end - size : end]) == crc:
+            yield start, end, count
+            start = end
+        else:
+            start += len(_MAGIC)
+
+
+def unpack(data: bytes, start: int, count: int) -> list[bytes]:
+    """The lines of the record at ``start``."""
+    start += _HEADER.size
+    lines = []
+    place = start + 4 * count
+    for length in struct.unpack_from(f"<{count}I", data, start):
+        lines.append(data[place : place + length])
+        place += length + 1
+    return lines
+
+
+@dataclass
+class _Owner:
+    """A process that spooled here, and the lock of its that we have."""
+
+    path: Path  # of its lock
+    lock: int
+
+    def sent_of(self, segment: Path) -> int:
+        """How many bytes of a segment have been sent."""
+        name, _, place = os.pread(self.lock, 300, 0).decode("ascii", "replace").partition(" ")
+        return int(place) if name == segment.name and place.isdecimal() else 0
+
+    def note(self, segment: Path, place: int) -> None:
+        """Have it stand in the lock how much of which segment has been sent."""
+        text = f"{segment.name} {place:012d}".encode()
+        os.pwrite(self.lock, text, 0)
+        os.ftruncate(self.lock, len(text))
+
+    def release(self, *, is_done: bool) -> None:
+        """Let others have it; or, if all of it was sent, remove it."""
+        if is_done:
+            _remove(self.path)
+        _ours.discard((os.getpid(), self.path))
+        os.close(self.lock)
+
+
+@dataclass
+class _Segment:
+    path: Path
+    owner: _Owner
+    size: int
+    lines: int | None = None  # not known before it is read
+
+
+class Spool:
+    """The batches of one database that are on disk.
+
+    Args:
+        name: The database's name, for the log and the folder's name.
+        folder: Where all databases' folders are. Made, private, if it is not there.
+        most_bytes: Of all segments; the oldest is deleted first.
+        counters: The writer's row for this database.
+        report: Where it is said what is lost or cannot be read.
+        fsync: Wait until what is written would outlast a loss of power.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        folder: This database's own.
+        bytes: Of all segments.
+        lines: That wait in them, of which it is known.
+
+    Raises:
+        OSError: It cannot be written there; also by ``append`` and ``hold``.
+    """
+
+    #: Bytes after which a segment is followed by the next.
+    SEGMENT = 4_194_304
+    #: Seconds between two looks for owners that have died.
+    LOOK = 30.0
+
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        most_bytes: int,
+        counters: memoryview,
+        report: Report,
+        *,
+        fsync: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._most_bytes = most_bytes
+        self._counters = counters
+        self._report = report
+        self._fsync = fsync
+        self._clock = clock
+        self.folder = Path(folder) / quote(name, safe="").replace(".", "%2E")
+        _make_private(self.folder)
+        self.bytes = self.lines = 0
+        self._lock = threading.RLock()
+        self._owners: list[_Owner] = []
+        self._segments: deque[_Segment] = deque()
+        self._out: int | None = None  # the last of them, if it may be appended to
+        self._hand: int | None = None
+        self._read: tuple[_Segment, bytes, deque[tuple[int, int, int]]] | None = None
+        self._own = self._begin()
+        self._number = 0
+        self._next_look = self._clock()
+
+    def _begin(self) -> _Owner:
+        while True:
+            path = self.folder / f"{time.time_ns():016x}-{os.getpid()}{_LOCK}"
+            lock = _locked(path)
+            if lock is not None:
+                self._owners.append(_Owner(path, lock))
+                return self._owners[-1]
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def append(self, lines: list[bytes]) -> None:
+        """Write a batch after all others."""
+        record = pack(lines)
+        with self._lock:
+            self._make_room(len(record))
+            if self._out is None or self._segments[-1].size >= self._longest_segment:
+                self._open_segment()
+            segment, out = self._segments[-1], cast("int", self._out)
+            try:
+                _write(out, record)
+                if self._fsync:
+                    os.fsync(out)
+            except OSError:
+                os.ftruncate(out, segment.size)
+                raise
+            segment.size += len(record)
+            segment.lines = (segment.lines or 0) + len(lines)
+            self.bytes += len(record)
+            self.lines += len(lines)
+            self._counters[SPOOLED] += len(lines)
+
+    @property
+    def _longest_segment(self) -> int:
+        return min(self.SEGMENT, self._most_bytes // 8)
+
+    def _open_segment(self) -> None:
+        self._close_segment()
+        self._number += 1
+        path = self._path(f"{self._number:08d}")
+        self._out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._segments.append(_Segment(path, self._own, 0, 0))
+        if self._fsync:
+            _sync_folder(self.folder)
+
+    def _close_segment(self) -> None:
+        out, self._out = self._out, None
+        if out is not None:
+            os.close(out)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{self._own.path.stem}.{part}{_SEGMENT}"
+
+    def hold(self, lines: list[bytes]) -> None:
+        """Write the batch that is about to be sent where it is found if we end before it is."""
+        with self._lock:
+            if self._hand is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._hand = os.open(self._path(_HAND), flags, 0o600)
+            os.ftruncate(self._hand, 0)
+            _write(self._hand, pack(lines))
+            if self._fsync:
+                os.fsync(self._hand)
+
+    def release(self) -> None:
+        """It has been sent, or appended."""
+        with self._lock:
+            if self._hand is not None:
+                os.ftruncate(self._hand, 0)
+
+    def _make_room(self, size: int) -> None:
+        """Delete the oldest segments until ``size`` bytes more are within the limit."""
+        dropped = 0
+        while self.bytes + size > self._most_bytes and (self._read or self._segments):
+            if self._read:
+                dropped += sum(count for *_, count in self._read[2])
+                self._finish_reading()
+            else:
+                segment = self._segments.popleft()
+                if not self._segments:
+                    self._close_segment()
+                if segment.lines is None:
+                    self._load(segment)
+                dropped += segment.lines or 0
+                self._delete(segment)
+        if dropped:
+            self.lines -= dropped
+            self._counters[DROPPED] += dropped
+            self._report.warn(
+                "spool full",
+                "%s: the spool %s is full: dropped the oldest %d lines",
+                self._name,
+                self.folder,
+                dropped,
+            )
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def head(self) -> list[bytes] | None:
+        """The oldest batch; None where none waits."""
+        with self._lock:
+            while True:
+                if self._read:
+                    _, data, waiting = self._read
+                    if waiting:
+                        start, _, count = waiting[0]
+                        return unpack(data, start, count)
+                    self._finish_reading()
+                elif self._segments:
+                    self._read_next()
+                elif not self._adopt():
+                    return None
+
+    def pop(self) -> None:
+        """The batch that ``head`` gave is done with."""
+        with self._lock:
+            if self._read and self._read[2]:
+                segment, _, waiting = self._read
+                _, end, count = waiting.popleft()
+                self.lines -= count
+                if waiting:
+                    segment.owner.note(segment.path, end)
+                else:
+                    self._finish_reading()
+
+    def _read_next(self) -> None:
+        segment = self._segments.popleft()
+        if not self._segments:
+            self._close_segment()
+        self._read = segment, *self._load(segment)
+
+    def _load(self, segment: _Segment) -> tuple[bytes, deque[tuple[int, int, int]]]:
+        """Read a segment, and count its lines if they are not yet counted."""
+        try:
+            data = segment.path.read_bytes()
+            sent = segment.owner.sent_of(segment.path)
+        except OSError as error:
+            data, sent = b"", 0
+            self._warn_of(error)
+        found = deque(records(data, sent))
+        whole = sum(end - start for start, end, _ in found)
+        if whole < len(data) - sent:
+            self._report.warn(
+                "spool damaged",
+                "%s: passed over %d bytes of %s that are no whole batch: they were being written "
+                "when a process or the machine ended",
+                self._name,
+                len(data) - sent - whole,
+                segment.path,
+            )
+        lines = sum(count for *_, count in found)
+        if segment.lines is None:
+            self._counters[ADOPTED] += lines
+            self.lines += lines
+        else:
+            self._counters[LOST] += segment.lines - lines
+            self.lines -= segment.lines - lines
+        segment.lines = lines
+        return data, found
+
+    def _finish_reading(self) -> None:
+        read, self._read = self._read, None
+        if read:
+            self._delete(read[0])
+
+    def _delete(self, segment: _Segment) -> None:
+        self.bytes -= segment.size
+        _remove(segment.path)
+        owner = segment.owner
+        if owner is not self._own and all(each.owner is not owner for each in self._segments):
+            self._owners.remove(owner)
+            owner.release(is_done=True)
+
+    def _adopt(self) -> bool:
+        """Take over the segments of owners that have died; whether there are any. Not too often."""
+        if self._clock() < self._next_look:
+            return False
+        self._next_look = self._clock() + self.LOOK
+        try:
+            files = list(self.folder.iterdir())
+        except OSError as error:
+            self._warn_of(error)
+            return False
+        owners = {path.name.partition(".")[0] for path in files if path.suffix in (_LOCK, _SEGMENT)}
+        for owner in sorted(owners):
+            path = self.folder / f"{owner}{_LOCK}"
+            if (os.getpid(), path) not in _ours:
+                self._adopt_from(path)
+        return bool(self._segments)
+
+    def _adopt_from(self, path: Path) -> None:
+        try:
+            lock = _locked(path)
+            if lock is None:
+                return
+            owner = _Owner(path, lock)
+            # Only now: until it was ours, another may have removed some.
+            found = [
+                _Segment(segment, owner, segment.stat().st_size)
+                for segment in sorted(self.folder.glob(f"{path.stem}.*{_SEGMENT}"))
+            ]
+        except OSError as error:
+            self._warn_of(error)
+            return
+        if found:
+            self._owners.append(owner)
+            self._segments.extend(found)
+            self.bytes += sum(segment.size for segment in found)
+            self._close_segment()
+        else:
+            owner.release(is_done=True)
+
+    def _warn_of(self, error: OSError) -> None:
+        self._report.warn(
+            "spool", "%s: the spool %s cannot be read: %s", self._name, self.folder, error
+        )
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back files and locks; what waits is for the next who comes."""
+        with self._lock:
+            self._close_segment()
+            hand, self._hand = self._hand, None
+            if hand is not None:
+                is_empty = not os.fstat(hand).st_size
+                os.close(hand)
+                if is_empty:
+                    _remove(self._path(_HAND))
+            waiting = [*self._segments, *([self._read[0]] if self._read else [])]
+            for owner in self._owners:
+                is_own = owner is self._own and not self._path(_HAND).exists()
+                owner.release(
+                    is_done=is_own and all(segment.owner is not owner for segment in waiting)
+                )
+            self._owners.clear()
+            self._segments.clear()
+            self._read = None
+
+    def abandon(self) -> None:
+        """In a forked child: close its copies. The locks are the parent's alone."""
+        for descriptor in (self._out, self._hand, *(owner.lock for owner in self._owners)):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._out = self._hand = None
+        self._owners.clear()
+
+
+def _locked(path: Path) -> int | None:
+    """The file, made if it is not there, and locked; None if another process has it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its owner may have removed it in between: then it is locked, and another is not.
+        is_there = os.path.samestat(path.stat(), os.fstat(lock))
+    except OSError:
+        is_there = False
+    if not is_there:
+        os.close(lock)
+        return None
+    _ours.add((os.getpid(), path))
+    return lock
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder, for nobody but us."""
+    folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(0o700)
+    except FileExistsError:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise PermissionError(
+                f"{folder} is no folder of this user's; expected one, or a 'spool_dir' in which it "
+                "can be made"
+            ) from None
+        folder.chmod(0o700)
+
+
+def _write(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone already; or it is found again, and sent twice
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def shared_file_system(folder: str, mounts: str = "/proc/self/mountinfo") -> str:
+    """The kind of the file system of ``folder``, if other machines may use it, too; else ""."""
+    kinds = {}
+    with contextlib.suppress(OSError):
+        for line in Path(mounts).read_text("utf-8", "replace").splitlines():
+            before, _, after = line.partition(" - ")
+            place = before.split()[4].encode("latin-1", "replace").decode("unicode_escape")
+            kinds[Path(place)] = after.split()[0]
+    path = Path(folder).resolve()
+    kind = next((kinds[place] for place in (path, *path.parents) if place in kinds), "")
+    return kind if _SHARED.fullmatch(kind) else ""

@@ -1,0 +1,777 @@
+"""Spool: batches on disk, in order and within their limit, whatever ends the process that wrote."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import resource
+import select
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from celery_influx.batcher import Batcher
+from celery_influx.buffer import make_buffer
+from celery_influx.counters import COUNTERS, Counters
+from celery_influx.delivery import Delivery
+from celery_influx.errors import SendError
+from celery_influx.report import Report
+from celery_influx.spool import Spool, pack, records, shared_file_system, unpack
+from tests.test_delivery import BATCH, Scene, Server, failure
+
+pytestmark = pytest.mark.once
+
+#: Lines as they may be: with newlines, with the bytes that a record begins with, and none.
+LINES = [b"a f=1", b'b f="two\nlines"', b"\xffCI1\xffCI1", b"", b"c" * 5_000]
+
+
+class One:
+    """A spool, what it counts, and a clock."""
+
+    def __init__(self, folder: Path, *, most: int = 10_000_000, fsync: bool = False) -> None:
+        self.now = 0.0
+        self.counters = Counters(1)
+        self.spool = Spool(
+            "metrics",
+            str(folder),
+            most,
+            self.counters.row(0),
+            Report(logging.getLogger("tests.spool")),
+            fsync=fsync,
+            clock=lambda: self.now,
+        )
+
+    def all(self) -> list[list[bytes]]:
+        """Take all that waits."""
+        found = []
+        while (lines := self.spool.head()) is not None:
+            found.append(lines)
+            self.spool.pop()
+        return found
+
+    def counted(self) -> dict[str, int]:
+        total = self.counters.total(0)
+        return {name: total[name] for name in COUNTERS if total[name]}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., One]]:
+    made: list[One] = []
+
+    def one(**options: int) -> One:
+        made.append(One(tmp_path / "spool", **options))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.spool.close()
+
+
+def batch(number: int, count: int = 3) -> list[bytes]:
+    return [b"m,batch=%d f=%di %d" % (number, each, number) for each in range(count)]
+
+
+def files(one: One) -> list[str]:
+    return sorted(path.name.partition(".")[2] for path in one.spool.folder.iterdir())
+
+
+# -- records -----------------------------------------------------------------------------------
+
+
+def test_a_record_gives_back_the_lines_it_was_made_of() -> None:
+    data = pack(LINES) + pack([b"x"])
+    first, second = records(data)
+    assert unpack(data, first[0], first[2]) == LINES
+    assert unpack(data, second[0], second[2]) == [b"x"]
+
+
+def test_wherever_it_is_cut_off_all_records_before_are_whole() -> None:
+    whole = [pack(batch(number)) for number in range(3)]
+    data = b"".join(whole)
+    ends = [len(b"".join(whole[: count + 1])) for count in range(3)]
+    for size in range(len(data) + 1):
+        found = [unpack(data, start, count) for start, _, count in records(data[:size])]
+        assert found == [batch(number) for number in range(sum(end <= size for end in ends))]
+
+
+def test_garbage_costs_the_records_it_falls_on_and_no_other() -> None:
+    chance = random.Random(6)
+    whole = [pack(batch(number)) for number in range(20)]
+    starts = [len(b"".join(whole[:number])) for number in range(21)]
+    for _ in range(300):
+        data = bytearray(b"".join(whole))
+        place = chance.randrange(len(data))
+        garbage = chance.randbytes(chance.randrange(1, 300))
+        data[place : place + len(garbage)] = garbage
+        hit = {
+            number
+            for number in range(20)
+            if starts[number] < place + len(garbage) and place < starts[number + 1]
+        }
+        found = [unpack(data, start, count) for start, _, count in records(bytes(data))]
+        spared = [batch(number) for number in range(20) if number not in hit]
+        assert [lines for lines in found if lines in spared] == spared
+
+
+# -- in order and within the limit -------------------------------------------------------------
+
+
+def test_batches_come_back_in_order_over_several_segments(make) -> None:
+    one = make()
+    one.spool.SEGMENT = 300
+    for number in range(20):
+        one.spool.append(batch(number))
+    assert len(files(one)) > 5
+    assert one.spool.lines == 60
+    assert one.spool.bytes == sum(path.stat().st_size for path in one.spool.folder.iterdir())
+
+    assert one.all() == [batch(number) for number in range(20)]
+
+    assert files(one) == ["lock"]
+    assert one.spool.lines == one.spool.bytes == 0
+    assert one.counted() == {"spooled": 60}
+
+
+def test_what_comes_while_it_is_read_comes_after(make) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    assert one.spool.head() == batch(0)
+    one.spool.append(batch(1))
+    assert one.spool.head() == batch(0)  # until it is popped
+    assert one.all() == [batch(0), batch(1)]
+
+
+def test_the_oldest_goes_first_when_it_is_full_and_is_counted(make, caplog) -> None:
+    one = make(most=4_000)
+    for number in range(200):
+        one.spool.append(batch(number))
+        assert sum(path.stat().st_size for path in one.spool.folder.iterdir()) <= 4_000
+
+    kept = one.all()
+
+    assert 15 < len(kept) < 50
+    assert kept == [batch(number) for number in range(200 - len(kept), 200)]
+    assert one.counted() == {"spooled": 600, "dropped": 600 - 3 * len(kept)}
+    assert "is full: dropped the oldest" in caplog.text
+
+
+def test_it_may_be_full_while_its_oldest_batch_is_being_sent(make) -> None:
+    one = make(most=2_000)
+    one.spool.append(batch(0))
+    assert one.spool.head() == batch(0)
+    for number in range(1, 100):
+        one.spool.append(batch(number))
+    kept = one.all()
+    assert kept == [batch(number) for number in range(100 - len(kept), 100)]
+    assert one.counted()["dropped"] + 3 * len(kept) == 300
+
+
+def test_files_and_folder_are_for_nobody_else(make, tmp_path: Path) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    one.spool.hold(batch(1))
+    (folder,) = (tmp_path / "spool").iterdir()
+    assert (
+        stat.S_IMODE(folder.parent.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
+    )
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("place", ["link", "file"])
+def test_a_folder_that_somebody_else_has_laid_there_is_not_used(tmp_path: Path, place: str) -> None:
+    spot = tmp_path / "spool" / "metrics"
+    spot.parent.mkdir()
+    if place == "link":
+        spot.symlink_to(tmp_path)
+    else:
+        spot.write_bytes(b"")
+    with pytest.raises(PermissionError, match="no folder of this user's; expected one"):
+        One(tmp_path / "spool")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "Größe", "a b%"])
+def test_any_name_of_a_database_makes_one_folder(tmp_path: Path, name: str) -> None:
+    counters = Counters(1)
+    spool = Spool(name, str(tmp_path), 1_000_000, counters.row(0), Report(logging.getLogger("t")))
+    assert spool.folder.parent == tmp_path
+    assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
+    spool.close()
+
+
+def test_what_does_not_fit_on_the_disk_leaves_no_half_batch(make) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    size = one.spool.bytes
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            one.spool.append(batch(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one.spool.bytes == size
+    one.spool.append(batch(2))
+    assert one.all() == [batch(0), batch(2)]
+
+
+# -- after an end ------------------------------------------------------------------------------
+
+
+def test_the_next_process_sends_what_the_last_one_left_and_not_what_it_had_sent(make) -> None:
+    first = make()
+    first.spool.SEGMENT = 300
+    for number in range(10):
+        first.spool.append(batch(number))
+    for number in range(4):
+        assert first.spool.head() == batch(number)
+        first.spool.pop()
+    first.spool.close()
+
+    second = make()
+    second.spool.append(batch(10))
+    assert sorted(second.all()) == sorted(batch(number) for number in range(4, 11))
+    assert second.counted() == {"spooled": 3, "adopted": 18}
+    assert files(second) == ["lock"]
+    second.spool.close()
+    assert files(second) == []
+
+
+def test_what_others_left_comes_in_the_order_in_which_they_began(make) -> None:
+    left = [make() for _ in range(5)]
+    for number, each in enumerate(left):
+        each.spool.append(batch(number))
+    for each in reversed(left):
+        each.spool.close()
+    assert make().all() == [batch(number) for number in range(5)]
+
+
+def test_the_living_keep_theirs(make) -> None:
+    first, second = make(), make()
+    first.spool.append(batch(1))
+    second.spool.append(batch(2))
+    assert second.all() == [batch(2)]
+    assert first.all() == [batch(1)]
+
+
+def test_who_dies_later_is_found_later(make) -> None:
+    first, second = make(), make()
+    first.spool.append(batch(1))
+    assert second.all() == []
+    first.spool.close()
+    second.now += Spool.LOOK - 1
+    assert second.all() == []
+    second.now += 1
+    assert second.all() == [batch(1)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "lock", "no lock"])
+def test_damage_never_keeps_the_next_process_from_its_start(make, caplog, damage: str) -> None:
+    first = make()
+    for number in range(3):
+        first.spool.append(batch(number))
+    first.spool.head()
+    first.spool.pop()
+    first.spool.close()
+    (segment,) = first.spool.folder.glob("*.spool")
+    (lock,) = first.spool.folder.glob("*.lock")
+    data = segment.read_bytes()
+    if damage == "cut":
+        segment.write_bytes(data[:-1])
+    elif damage == "garbage":
+        segment.write_bytes(data[:-10] + b"\xff" * 40)
+    elif damage == "empty":
+        segment.write_bytes(b"")
+    elif damage == "lock":
+        lock.write_bytes(b"\xff\x00 garbage")
+    else:
+        lock.unlink()
+
+    second = make()
+    found = second.all()
+
+    sent_again = [batch(0)] if "lock" in damage else []
+    rest = {"cut": [batch(1)], "garbage": [batch(1)], "empty": []}
+    assert found == rest.get(damage, [*sent_again, batch(1), batch(2)])
+    assert ("passed over" in caplog.text) == (damage in ("cut", "garbage"))
+    assert files(second) == ["lock"]
+
+
+def test_a_batch_in_hand_is_found_again_unless_it_was_let_go(make) -> None:
+    first = make()
+    first.spool.hold(batch(1))
+    first.spool.release()
+    first.spool.hold(batch(2))
+    first.spool.append(batch(0))
+    first.spool.close()
+    second = make()
+    assert second.all() == [batch(0), batch(2)]
+    first = make()
+    first.spool.hold(batch(3))
+    first.spool.release()
+    first.spool.close()
+    second.now += Spool.LOOK
+    assert second.all() == []
+    assert files(second) == ["lock"]
+
+
+CHILD = """
+    import logging, os, sys, time
+    from celery_influx.counters import Counters
+    from celery_influx.report import Report
+    from celery_influx.spool import Spool
+
+    folder, what = sys.argv[1:]
+    report = Report(logging.getLogger("child"))
+    spool = Spool("metrics", folder, 10_000_000, Counters(1).row(0), report)
+    spool.append([b"first"])
+    if what == "fork" and not os.fork():
+        time.sleep(60)
+    print(os.getpid(), flush=True)
+    number = 0
+    while True:
+        if what == "write":
+            spool.append([b"m n=%di" % number])
+            number += 1
+            os.write(1, b"%d\\n" % number)
+        else:
+            time.sleep(60)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    made: list[subprocess.Popen[bytes]] = []
+
+    def start(what: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "spool"), what]
+        made.append(subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True))
+        return made[-1]
+
+    yield start
+    for each in made:
+        try:
+            os.killpg(each.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        each.wait(10)
+        assert each.stdout
+        each.stdout.close()
+
+
+def test_what_a_process_wrote_is_there_after_kill_9_and_nothing_twice(child, make) -> None:
+    process = child("write")
+    out = process.stdout.fileno()
+    said = b""
+    while said.count(b"\n") < 200:
+        assert select.select([out], [], [], 20)[0]
+        said += os.read(out, 65_536)
+    process.kill()
+    process.wait(10)
+    said += process.stdout.read()
+    written = int(said.splitlines()[-1])
+
+    lines = [line for lines in make().all() for line in lines]
+
+    assert lines[0] == b"first"
+    assert lines[1:] == [b"m n=%di" % number for number in range(len(lines) - 1)]
+    assert len(lines) - 1 in (written, written + 1)
+
+
+def test_a_child_that_outlives_a_killed_process_keeps_nothing_locked(child, make) -> None:
+    process = child("fork")
+    assert select.select([process.stdout], [], [], 20)[0]
+    living = make()
+    assert living.all() == []
+    process.kill()
+    process.wait(10)
+    os.killpg(process.pid, 0)  # its child is still there
+
+    assert make().all() == [[b"first"]]
+
+
+def test_a_lock_of_ours_outlives_our_own_look_for_others(make, child) -> None:
+    one = make()
+    one.spool.append(batch(1))
+    make().all()  # in the same process: it may not even open the other's lock
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    lock = next(one.spool.folder.glob("*.lock"))
+    tried = subprocess.run(
+        [sys.executable, "-c", code, str(lock)], capture_output=True, timeout=20, check=False
+    )
+    assert b"BlockingIOError" in tried.stderr
+
+
+def test_a_forked_child_lets_go_of_the_files(make) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    reader, writer = os.pipe()
+    if not os.fork():
+        try:
+            one.spool.abandon()
+            os.write(writer, b"%d" % len(list(Path("/proc/self/fd").iterdir())))
+        finally:
+            os._exit(0)
+    open_here = len(list(Path("/proc/self/fd").iterdir()))
+    assert select.select([reader], [], [], 20)[0]
+    assert int(os.read(reader, 100)) == open_here - 2
+    os.wait()
+    os.close(reader)
+    os.close(writer)
+    one.spool.append(batch(1))
+    assert make().all() == []  # still locked
+    assert one.all() == [batch(0), batch(1)]
+
+
+def test_fsync_writes_the_same(make) -> None:
+    one = make(fsync=True)
+    one.spool.append(batch(0))
+    one.spool.hold(batch(1))
+    one.spool.close()
+    assert make().all() == [batch(0), batch(1)]
+
+
+MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+36 22 0:40 / /mnt/two\040words rw shared:2 master:3 - nfs4 server:/export rw,vers=4.2
+37 36 0:41 / /mnt/two\040words/local rw - tmpfs tmpfs rw
+38 22 0:42 / /mnt/ssh rw - fuse.sshfs user@host: rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("/var/spool", ""),
+        ("/mnt/two words", "nfs4"),
+        ("/mnt/two words/deeper/still", "nfs4"),
+        ("/mnt/two words/local/x", ""),
+        ("/mnt/ssh/x", "fuse.sshfs"),
+        ("/mnt/sshx", ""),
+    ],
+)
+def test_a_file_system_that_others_use_too_is_known(tmp_path: Path, folder, kind) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    assert shared_file_system(folder, str(mounts)) == kind
+    assert shared_file_system(str(tmp_path)) == ""
+    assert shared_file_system(folder, str(tmp_path / "none")) == ""
+
+
+# -- with Delivery -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
+    made: list[Scene] = []
+
+    def one(server: Server, **options: object) -> Scene:
+        made.append(Scene(server, spool=tmp_path / "spool", **options))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.delivery.close()
+
+
+def test_what_cannot_be_sent_is_on_disk_and_the_next_is_not_even_tried(scene, caplog) -> None:
+    away = scene(Server(failure("ECONNREFUSED")))
+    away.delivery.deliver(BATCH)
+    assert away.delivery.held == 0
+    assert away.delivery.spooled == 3
+    assert away.delivery.wait == 0.5
+
+    away.delivery.deliver([b"d f=1"])
+
+    assert len(away.server.payloads) == 1
+    assert away.counted() == {"errors": 1, "errors_no_answer": 1, "spooled": 4}
+    assert "3 lines are tried again, in 0.5 s; and all that follow are in the spool" in caplog.text
+
+
+def test_when_the_server_is_back_the_newest_goes_first_and_the_rest_in_order(scene) -> None:
+    back = scene(Server(failure("503")))
+    for number in range(4):
+        back.delivery.deliver(batch(number))
+    back.now += 0.5
+    back.delivery.deliver([b"live f=1"])
+    while back.delivery.catch_up():
+        pass
+    assert back.server.stored == [b"live f=1", *(line for n in range(4) for line in batch(n))]
+    found = back.counted()
+    assert (found["sent"], found["spooled"], found["errors"]) == (13, 12, 1)
+
+
+def test_in_an_outage_each_wait_is_longer_whoever_asks(scene) -> None:
+    away = scene(Server(*[failure("timeout")] * 20))
+    waits = []
+    away.delivery.deliver(BATCH)
+    for number in range(8):
+        waits.append(away.delivery.wait)
+        away.now += away.delivery.wait
+        if number % 2:
+            away.delivery.deliver(batch(number))
+        else:
+            assert away.delivery.catch_up()
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert away.counted()["spooled"] == 15
+
+
+def test_an_outage_of_days_loses_nothing_that_has_room(scene) -> None:
+    away = scene(Server(*[failure("503")] * 50), age=60.0, tries=4)
+    away.delivery.deliver(BATCH)
+    for _ in range(49):
+        away.now += 10_000
+        away.delivery.catch_up()
+    away.now += 10_000
+    assert away.delivery.catch_up()
+    assert away.server.stored == BATCH
+
+
+def test_a_batch_that_alone_is_not_taken_is_lost_after_its_tries(scene, caplog) -> None:
+    """As InfluxDB 1.x answers 500 to an unknown retention policy."""
+    bad = scene(Server(failure("ECONNREFUSED")), tries=3)
+    bad.delivery.deliver([b"bad"])
+    bad.delivery.deliver([b"good"])
+    bad.server.judge = lambda lines: failure("500") if b"bad" in lines else 0
+    for number in range(3):
+        bad.now += bad.delivery.wait
+        assert (
+            bad.delivery.catch_up()
+        )  # without others that are taken it may try as often as it likes
+        bad.now += bad.delivery.wait
+        bad.delivery.deliver(batch(number))
+    while bad.delivery.catch_up():
+        bad.now += bad.delivery.wait
+    assert b"good" in bad.server.stored
+    assert bad.counted()["lost"] == 1
+    assert "1 lines lost after 3 attempts" in caplog.text
+
+
+def test_bad_lines_are_found_in_what_comes_from_the_disk(scene) -> None:
+    lines = [b"%d" % number for number in range(100)]
+    back = scene(Server(failure("ECONNREFUSED")))
+    back.delivery.deliver(lines)
+    back.now += back.delivery.wait
+    back.server.judge = lambda given: failure("400") if b"41" in given else 0
+    assert back.delivery.catch_up()
+    back.go_on()
+    assert back.server.stored == [line for line in lines if line != b"41"]
+    found = back.counted()
+    assert (found["sent"], found["rejected"], found["spooled"]) == (99, 1, 100)
+    assert not back.delivery.catch_up()
+
+
+def test_a_search_that_an_outage_ends_goes_on_afterwards(scene) -> None:
+    lines = [b"%d" % number for number in range(100)]
+    back = scene(Server(failure("ECONNREFUSED")))
+    back.delivery.deliver(lines)
+    back.now += back.delivery.wait
+    back.server.judge = lambda given: failure("400") if b"41" in given else 0
+    assert back.delivery.catch_up()
+    back.delivery.retry()
+    back.delivery.retry()
+    assert 0 < len(back.server.stored) < 99
+    back.server.answers = [failure("ECONNREFUSED")]
+    back.delivery.retry()
+    assert back.delivery.held == 0
+    back.now += back.delivery.wait
+    assert back.delivery.catch_up()
+    back.go_on()
+    assert sorted(back.server.stored) == sorted(line for line in lines if line != b"41")
+    found = back.counted()
+    assert (found["sent"], found["rejected"]) == (99, 1)
+
+
+def test_always_means_before_the_first_attempt(scene, make) -> None:
+    looks: list[list[bytes]] = []
+
+    def judge(lines: list[bytes]) -> int:
+        (hand,) = first.spool.folder.glob("*.hand.spool")
+        data = hand.read_bytes()
+        looks.extend(unpack(data, start, count) for start, _, count in records(data))
+        return 0
+
+    first = scene(Server(), spool_first=True)
+    first.server.judge = judge
+    first.delivery.deliver(BATCH)
+    assert looks == [BATCH]
+    (hand,) = first.spool.folder.glob("*.hand.spool")
+    assert hand.read_bytes() == b""
+    first.server.answers = [failure("timeout")]
+    first.delivery.deliver(BATCH)
+    assert hand.read_bytes() == b""
+    first.delivery.close()
+    assert make().all() == [BATCH]
+
+
+def test_a_disk_that_takes_nothing_leaves_it_as_it_is_without_a_spool(scene, caplog) -> None:
+    full = scene(Server(*[failure("timeout")] * 2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        full.delivery.deliver(BATCH)
+        assert full.delivery.held == 3
+        assert full.go_on() == [0.5, 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.server.stored == BATCH
+    assert "metrics: the spool fails: [Errno 27]" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_server_does_each_line_is_accounted_for(scene, seed: int) -> None:
+    chance = random.Random(seed)
+    causes = ["timeout", "503", "401", "400", "413", "405", "conflict"]
+    wild = scene(Server(), tries=3, spool_first=bool(seed % 2))
+    wild.server.judge = lambda lines: (
+        failure(chance.choice(causes)) if chance.random() < 0.5 else chance.randrange(2)
+    )
+    given = 0
+    for number in range(100):
+        wild.now += chance.random()
+        if chance.random() < 0.6 and not wild.delivery.held:
+            lines = batch(number, chance.randrange(1, 9))
+            given += len(lines)
+            wild.delivery.deliver(lines)
+        elif wild.delivery.held:
+            wild.now += wild.delivery.wait
+            wild.delivery.retry()
+        elif not wild.delivery.wait:
+            wild.delivery.catch_up()
+    wild.server.judge = lambda lines: 0
+    wild.go_on()
+    wild.now += wild.delivery.wait
+    while wild.delivery.catch_up():
+        pass
+    found = wild.counted()
+    settled = sum(found.get(name, 0) for name in ("sent", "dropped", "lost", "rejected"))
+    assert settled == given
+
+
+# -- a long outage -----------------------------------------------------------------------------
+
+
+class Town:
+    """A server that is away for ``outage`` seconds, lines that come meanwhile, and their clock.
+
+    The batcher is the real one, in its own thread, but it is this clock that it looks at, and its
+    sleep that lets the clock go on.
+    """
+
+    confirms = True
+    address = "http://town:1"
+    max_bytes, burst = 1_048_576, 1
+    #: Seconds for a request that is answered.
+    ANSWER = 0.05
+
+    def __init__(self, folder: Path, outage: float, rate: int) -> None:
+        self.now = 0.0
+        self.outage = outage
+        self.until = 3 * outage + 30
+        self.rate = rate
+        self.made = 0
+        self.stored: list[int] = []
+        self.back = 0.0  # when it took something again
+        self.latest = 0.0  # of the lines made since: how long one was under way
+        self.most_waiting = self.most_on_disk = 0
+        self.memory: list[int] = []
+        self.over = threading.Event()
+        counters = self.counters = Counters(1)
+        report = Report(logging.getLogger("tests.spool"), clock=lambda: self.now)
+        row = counters.row(0)
+        self.buffer = make_buffer(100_000, 33_554_432)
+        self.spool = Spool("metrics", str(folder), 16_000_000, row, report, clock=lambda: self.now)
+        delivery = Delivery(
+            "metrics",
+            self,
+            row,
+            report,
+            retry_age=3_600,
+            retry_tries=10,
+            spool=self.spool,
+            clock=lambda: self.now,
+        )
+        self.batcher = Batcher(
+            "metrics",
+            self.buffer,
+            delivery,
+            row,
+            report,
+            batch_size=5_000,
+            flush_interval=1.0,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+        )
+
+    def sleep(self, sleeper: threading.Lock, timeout: float) -> None:
+        if self.over.is_set():
+            sleeper.acquire(timeout=0.05)
+        elif self.now >= self.until and not len(self.buffer):
+            self.over.set()
+        else:
+            self.pass_by(timeout)
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now < self.until:
+            due = int(self.now * self.rate)
+            self.buffer.put([b"m n=%di" % number for number in range(self.made, due)])
+            self.made = due
+        self.most_waiting = max(self.most_waiting, self.buffer.bytes)
+        self.most_on_disk = max(self.most_on_disk, self.spool.bytes)
+        if self.now < self.outage:
+            self.memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4_096)
+
+    def write(self, *payloads: bytes) -> int:
+        self.pass_by(self.ANSWER)
+        if self.now < self.outage:
+            raise SendError("nobody there", "ECONNREFUSED")
+        numbers = [int(line[4:-1]) for line in payloads[0].split(b"\n")]
+        self.back = self.back or self.now
+        if numbers[0] >= self.back * self.rate:
+            self.latest = max(self.latest, self.now - numbers[0] / self.rate)
+        self.stored += numbers
+        return 0
+
+    def abandon(self) -> None:
+        """Not used here."""
+
+    def close(self) -> None:
+        """Nor is this."""
+
+
+@pytest.mark.parametrize(
+    "outage", [30, pytest.param(600, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
+)
+def test_an_outage_at_2000_lines_a_second(tmp_path: Path, outage: int) -> None:
+    """Memory is flat, the disk is within its limit, all that had room arrives, the newest first."""
+    town = Town(tmp_path, outage, 2_000)
+    assert town.over.wait(300)
+    assert town.batcher.close(10)
+
+    total = town.counters.total(0)
+    assert total["sent"] == len(town.stored)
+    assert total["sent"] + total["dropped"] == town.made
+    assert total["lost"] == total["rejected"] == 0
+    assert (total["dropped"] > 0) == (outage > 300)  # there is room for half of it then
+    assert town.most_on_disk <= 16_000_000
+    assert town.most_waiting < 200_000
+    late = [number for number in town.stored if number < (town.back - 2) * 2_000]
+    assert len(late) > 2_000 * 20
+    assert late == sorted(late)
+    assert sorted(town.stored) == list(range(town.made - len(town.stored), town.made))
+    assert town.latest <= 2.0
+    grown = town.memory[-1] - town.memory[len(town.memory) // 4]
+    print(
+        f"{outage} s at 2,000 lines/s: {total['spooled']:,} lines on disk, {total['dropped']:,} "
+        f"dropped, {len(town.stored):,} stored, live ones at most {town.latest:.2f} s late; memory "
+        f"grew by {grown:,} bytes in three quarters of the outage"
+    )
+    assert grown < 8_000_000
