@@ -12,6 +12,7 @@ PARTS = {
     "task": "task",
     "relay": "relay",
     "batcher": "batcher",
+    "spool": "spool",
     "stalls": "stalls",
     "influxd": "influxd",
     "udp": "udp",

@@ -91,6 +91,13 @@ def test_a_part_is_measured_beside_its_peers(part: str, size: int, names: set[st
 
 
 @pytest.mark.long
+def test_the_spool_is_measured_beside_none():
+    assert {"no spool", "failed", "always", "always, fsync", "outage", "catching up"} <= set(
+        rows(run("spool", "--rounds", "2", "--size", "1"))
+    )
+
+
+@pytest.mark.long
 def test_every_worker_variant_is_measured_and_really_watched():
     find("redis-server")
     load("opentelemetry.instrumentation.celery")
