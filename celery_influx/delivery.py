@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from celery_influx.counters import (
     BYTES,
@@ -29,8 +30,10 @@ from celery_influx.counters import (
 )
 from celery_influx.errors import SendError
 from celery_influx.report import Report
-from celery_influx.spool import Spool
 from celery_influx.transports import Transport
+
+if TYPE_CHECKING:
+    from celery_influx.spool import Spool
 
 
 class Fate(Enum):

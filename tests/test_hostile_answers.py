@@ -1,0 +1,239 @@
+"""Whatever a server answers: nothing is raised, nothing hangs, every line is accounted for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from celery_influx.batcher import Batcher
+from celery_influx.buffer import make_buffer
+from celery_influx.counters import Counters
+from celery_influx.delivery import Delivery
+from celery_influx.options import DatabaseOptions
+from celery_influx.report import Report
+from celery_influx.spool import Spool
+from celery_influx.transports.http import HTTPClient
+
+pytestmark = pytest.mark.once
+
+#: Seconds; whatever is still under way after so long is a hang, on a busy machine, too.
+TIMEOUT, HANG = 0.05, 5.0
+STATUSES = [204, 200, 400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 301, 307, 100, 101, 999, 0]
+RETRY_AFTER = ["1", "-1", "0.5", "9" * 40, "1e300", "nan", "Wed, 21 Oct 2015 07:28:00 GMT", "²", ""]
+BODIES = [
+    b"",
+    b"{}",
+    b"[" * 50_000,
+    b"\xff\xfe\x00" * 100,
+    b'{"error": 5}',
+    b'{"error": {"error": [null]}}',
+    b'{"error": "partial write: points beyond retention policy dropped=1"}',
+    b'{"error": "partial write: dropped=99999999999999999999999999"}',
+    b'{"error": "partial write: unable to parse \'m\': missing fields dropped=-4"}',
+    b'{"error": "field type conflict"}',
+    b'{"code": "invalid", "message": "partial write", "line": 1e999}',
+    b'{"error": "' + b"x" * 300_000 + b'"}',
+    b"null",
+    b'"text"',
+    b"1" * 10_000,
+]
+
+
+def answer(chance: random.Random) -> bytes:
+    """Like one of a server's, or a proxy's, or nobody's."""
+    body = chance.choice(BODIES)
+    headers = {
+        "Content-Type": chance.choice(["application/json", "text/html", "", "a/b; charset=utf-99"])
+    }
+    if chance.random() < 0.3:
+        headers["Retry-After"] = chance.choice(RETRY_AFTER)
+    if chance.random() < 0.2:
+        headers["X-Influxdb-Error"] = chance.choice(["é", "words", "partial write: dropped=1"])
+    if chance.random() < 0.2:
+        headers["Location"] = chance.choice(["/", "http://elsewhere.invalid/", "\x01", "file:///"])
+    if chance.random() < 0.2:
+        headers["Content-Encoding"] = chance.choice(["gzip", "deflate", "br", "x"])
+        if chance.random() < 0.5:
+            body = gzip.compress(body)
+    way = chance.random()
+    if way < 0.6:
+        headers["Content-Length"] = str(len(body))
+    elif way < 0.7:
+        headers["Content-Length"] = chance.choice(
+            ["-1", "x", "5, 6", str(len(body) // 2), "9" * 30]
+        )
+    elif way < 0.9:
+        headers["Transfer-Encoding"] = "chunked"
+        size = chance.choice([f"{len(body):x}", "zz", "-1", "f" * 20, ""])
+        body = f"{size}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    if chance.random() < 0.3:
+        headers["Connection"] = "close"
+    head = f"HTTP/1.{chance.choice('01')} {chance.choice(STATUSES)} words\r\n" + "".join(
+        f"{name}: {value}\r\n" for name, value in headers.items()
+    )
+    whole = bytearray(head.encode("latin-1", "replace") + b"\r\n" + body)
+    for _ in range(chance.choice([0, 0, 0, 1, 3])):
+        place = chance.randrange(min(len(whole), 300))
+        change = chance.random()
+        if change < 0.5:
+            whole[place] = chance.randrange(256)
+        elif change < 0.75:
+            del whole[place : place + chance.randrange(20)]
+        else:
+            whole[place:place] = chance.randbytes(chance.randrange(1, 20))
+    if chance.random() < 0.05:
+        return chance.randbytes(chance.randrange(2_000))
+    if chance.random() < 0.05:
+        return bytes(whole[: chance.randrange(len(whole))])
+    return bytes(whole)
+
+
+class Hostile:
+    """A server that reads a request and answers as its dice say."""
+
+    def __init__(self, seed: int) -> None:
+        self.answered = 0
+        self._chance = random.Random(seed)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            client.settimeout(5)
+            try:
+                while self._read(client):
+                    self.answered += 1
+                    client.sendall(answer(self._chance))
+                    if self._chance.random() < 0.5:
+                        return
+                    if self._chance.random() < 0.005:
+                        time.sleep(2 * TIMEOUT)
+            except OSError:
+                return
+
+    def _read(self, client: socket.socket) -> bool:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            more = client.recv(65_536)
+            if not more:
+                return False
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        (length,) = [
+            int(line.partition(b":")[2])
+            for line in head.lower().split(b"\r\n")
+            if line.startswith(b"content-length:")
+        ] or [0]
+        while len(body) < length:
+            body += client.recv(65_536)
+        return True
+
+
+@pytest.fixture
+def hostile(request: pytest.FixtureRequest) -> Iterator[Hostile]:
+    server = Hostile(7)
+    yield server
+    server.close()
+
+
+LONG = [pytest.mark.long, pytest.mark.timeout(1_800)]
+
+
+@pytest.mark.parametrize("answers", [150, pytest.param(10_000, marks=LONG)])
+@pytest.mark.parametrize("api", ["1", "2", "3"])
+def test_no_answer_breaks_delivery(
+    hostile: Hostile, answers: int, api: str, tmp_path: Path
+) -> None:
+    now = [0.0]
+    counters = Counters(1)
+    report = Report(logging.getLogger("tests.hostile"), clock=lambda: now[0])
+    client = HTTPClient(
+        DatabaseOptions(
+            transport="http",
+            host="127.0.0.1",
+            http_port=hostile.port,
+            http_timeout=TIMEOUT,
+            api=api,
+            organization="acme",
+            token="t",
+        )
+    )
+    row = counters.row(0)
+    delivery = Delivery(
+        "metrics",
+        client,
+        row,
+        report,
+        retry_age=600,
+        retry_tries=3,
+        spool=Spool("metrics", str(tmp_path), 10_000_000, row, report),
+        clock=lambda: now[0],
+    )
+    given, longest = 0, 0.0
+    while hostile.answered < answers:
+        before = time.monotonic()
+        now[0] += delivery.wait
+        if delivery.held:
+            delivery.retry()
+        elif hostile.answered % 2 or not delivery.catch_up():
+            lines = [b"m n=%di" % number for number in range(given, given + 5)]
+            given += len(lines)
+            delivery.deliver(lines)
+        longest = max(longest, time.monotonic() - before)
+    client.close()
+
+    found = counters.total(0)
+    settled = sum(found[name] for name in ("sent", "dropped", "lost", "rejected"))
+    in_spool = 0
+    spool = delivery._spool
+    assert spool
+    while (lines_there := spool.head()) is not None:
+        in_spool += len(lines_there)
+        spool.pop()
+    # Of a batch that is just being searched, some lines are decided and it is still on disk.
+    assert abs(settled + in_spool + delivery.undecided - given) <= 5
+    assert longest < HANG
+    print(
+        f"{hostile.answered:,} answers; the longest attempt took {longest:.2f} s; "
+        + json.dumps({name: count for name, count in found.items() if count})
+    )
+    delivery.close()
+
+
+def test_the_thread_lives_on(hostile: Hostile) -> None:
+    counters = Counters(1)
+    report = Report(logging.getLogger("tests.hostile"))
+    options = DatabaseOptions(
+        transport="http", host="127.0.0.1", http_port=hostile.port, http_timeout=TIMEOUT
+    )
+    buffer, row = make_buffer(100_000, 10_000_000), counters.row(0)
+    delivery = Delivery("metrics", HTTPClient(options), row, report)
+    batcher = Batcher("metrics", buffer, delivery, row, report, batch_size=10, flush_interval=3_600)
+    for number in range(500):
+        buffer.put([b"m n=%di" % number])
+    batcher.flush(60)
+    found = counters.total(0)
+    assert sum(found[name] for name in ("sent", "lost", "rejected")) == 500
+    assert batcher._thread.is_alive()
+    batcher.close(5)
