@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from celery_influx.batcher import Batcher
-from celery_influx.buffer import make_buffer
+from celery_influx.buffer import Buffer, make_buffer
 from celery_influx.counters import DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
 from celery_influx.delivery import Delivery
 from celery_influx.errors import ConfigError, FieldError, InfluxError, PointError
@@ -442,14 +442,20 @@ class Database(_Way):
     def _quickest(self) -> Callable[[Point], None]:
         """``_send``, or what does the same in C; that knows no start of a batcher."""
         buffer, stamps, relay = self._buffer, self.stamps, self._relay
-        if (
-            extension is None
-            or not self._enabled
-            or type(stamps) is Stamps
-            or isinstance(self._encode, FunctionType)
-        ):
+        if not self._enabled:
             return self._send
         points = self._counters[POINTS : POINTS + 1]
+        if relay is None and type(buffer) is Buffer:
+            return buffer.sender(
+                self._encode,
+                points,
+                self._wake_lines,
+                self._wake_bytes,
+                self._reject,
+                self._after_put,
+            )
+        if extension is None or FunctionType in (type(stamps), type(self._encode)):
+            return self._send  # what is Python's has nothing to gain from C
         quick: Callable[[Point], None]
         if relay:
             quick = extension.relay_sender(

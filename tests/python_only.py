@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from celery_influx import database, line_protocol, ordinary, plugin, relay, signals
 from celery_influx.buffer import Buffer
-from celery_influx.stamps import Stamps
+from celery_influx.stamps import python_stamps
 from celery_influx.task_points import run_line
 from celery_influx.under_way import Run
 
@@ -16,8 +16,8 @@ _PARTS = {
     (line_protocol, "extension"): None,
     (relay, "extension"): None,
     (database, "make_buffer"): Buffer,
-    (database, "make_stamps"): Stamps,
-    (plugin, "make_stamps"): Stamps,
+    (database, "make_stamps"): python_stamps,
+    (plugin, "make_stamps"): python_stamps,
     (plugin, "quick_run_line"): run_line,
     (ordinary, "quick_run_line"): run_line,
     (signals, "make_run"): Run,

@@ -34,7 +34,7 @@ from celery_influx.point import Point
 from celery_influx.relay import Relay, RelayEnd
 from celery_influx.runs import Runs
 from celery_influx.speedups import extension
-from celery_influx.stamps import Stamps, make_stamps
+from celery_influx.stamps import Stamps, make_stamps, python_stamps
 from celery_influx.transports.http import HTTPClient
 from tests.servers import Influxd, free_port, wait_for
 from tests.test_relay import exit_code, fork, open_files
@@ -1180,7 +1180,7 @@ def test_a_pool_child_hands_its_lines_to_the_worker_and_starts_nothing(
         database.begin(
             counters.row(0, row),
             lambda: counters.total(0),
-            Stamps(row),
+            python_stamps(row),
             {},
             relay.end_for(0) if row else None,
         )
@@ -1259,7 +1259,7 @@ def test_flush_in_a_pool_child_says_if_the_worker_did_not_take_a_line(make) -> N
         settle=lambda: database.begin(
             counters.row(0),
             lambda: counters.total(0),
-            Stamps(1),
+            python_stamps(1),
             {},
             relay=relay,
         )

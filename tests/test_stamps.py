@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from celery_influx.speedups import extension
-from celery_influx.stamps import SLOTS
-from celery_influx.stamps import Stamps as PythonStamps
+from celery_influx.stamps import SLOTS, python_stamps
 
 pytestmark = pytest.mark.parametrize(
     "Stamps",
-    [PythonStamps, *([extension.Stamps] if extension else [])],
+    [python_stamps, *([extension.Stamps] if extension else [])],
     ids=lambda kind: kind.__module__,
 )
 
@@ -26,7 +27,7 @@ class Clock:
         return self.now
 
 
-def test_stamps_of_eight_threads_are_all_different(Stamps: type[PythonStamps]) -> None:
+def test_stamps_of_eight_threads_are_all_different(Stamps: Callable[..., Any]) -> None:
     stamps = Stamps(7)
     found: list[list[int]] = [[] for _ in range(8)]
     start = threading.Barrier(8)
@@ -48,18 +49,18 @@ def test_stamps_of_eight_threads_are_all_different(Stamps: type[PythonStamps]) -
 
 
 @pytest.mark.parametrize("slot", [0, 1, 7, 999])
-def test_the_last_three_digits_are_the_slot(Stamps: type[PythonStamps], slot: int) -> None:
+def test_the_last_three_digits_are_the_slot(Stamps: Callable[..., Any], slot: int) -> None:
     stamps = Stamps(slot)
 
     assert {stamps() % SLOTS for _ in range(1_000)} == {slot}
 
 
-def test_a_slot_beyond_the_digits_is_taken_modulo(Stamps: type[PythonStamps]) -> None:
+def test_a_slot_beyond_the_digits_is_taken_modulo(Stamps: Callable[..., Any]) -> None:
     assert Stamps(123_456)() % 1_000 == 456
 
 
 def test_two_slots_never_give_the_same_stamp_for_the_same_moment(
-    Stamps: type[PythonStamps],
+    Stamps: Callable[..., Any],
 ) -> None:
     clock = Clock(1_700_000_000_000_000_123)
     one, other = Stamps(5, clock), Stamps(6, clock)
@@ -69,7 +70,7 @@ def test_two_slots_never_give_the_same_stamp_for_the_same_moment(
 
 @pytest.mark.parametrize("step", [1_000, 1_001, 5_000, 1_000_000])
 def test_called_at_most_once_a_microsecond_it_is_within_a_microsecond_of_the_clock(
-    Stamps: type[PythonStamps],
+    Stamps: Callable[..., Any],
     step: int,
 ) -> None:
     clock = Clock(1_700_000_000_000_000_000)
@@ -81,7 +82,7 @@ def test_called_at_most_once_a_microsecond_it_is_within_a_microsecond_of_the_clo
 
 
 def test_called_faster_it_runs_ahead_a_microsecond_a_call_and_the_clock_catches_up(
-    Stamps: type[PythonStamps],
+    Stamps: Callable[..., Any],
 ) -> None:
     clock = Clock(1_700_000_000_000_000_000)
     stamps = Stamps(0, clock)
@@ -93,7 +94,7 @@ def test_called_faster_it_runs_ahead_a_microsecond_a_call_and_the_clock_catches_
     assert stamps() == clock.now
 
 
-def test_a_clock_that_goes_back_a_little_gives_no_stamp_twice(Stamps: type[PythonStamps]) -> None:
+def test_a_clock_that_goes_back_a_little_gives_no_stamp_twice(Stamps: Callable[..., Any]) -> None:
     clock = Clock(1_700_000_000_000_000_000)
     stamps = Stamps(3, clock)
     found = []
@@ -106,7 +107,7 @@ def test_a_clock_that_goes_back_a_little_gives_no_stamp_twice(Stamps: type[Pytho
     assert found == [found[0] + i * 1_000 for i in range(6)]
 
 
-def test_a_clock_that_was_put_back_is_followed(Stamps: type[PythonStamps]) -> None:
+def test_a_clock_that_was_put_back_is_followed(Stamps: Callable[..., Any]) -> None:
     clock = Clock(1_700_000_000_000_000_000)
     stamps = Stamps(3, clock)
     stamps()
@@ -117,7 +118,7 @@ def test_a_clock_that_was_put_back_is_followed(Stamps: type[PythonStamps]) -> No
     assert stamps() == clock.now + 1_003
 
 
-def test_the_real_clock_is_kept_to(Stamps: type[PythonStamps]) -> None:
+def test_the_real_clock_is_kept_to(Stamps: Callable[..., Any]) -> None:
     stamps = Stamps(999)
 
     for _ in range(1_000):
@@ -128,7 +129,7 @@ def test_the_real_clock_is_kept_to(Stamps: type[PythonStamps]) -> None:
 
 
 def test_a_stamp_from_inside_of_a_stamp_does_not_block_and_is_different(
-    Stamps: type[PythonStamps],
+    Stamps: Callable[..., Any],
 ) -> None:
     inner: list[int] = []
     calls = iter(range(1_000))
@@ -143,7 +144,7 @@ def test_a_stamp_from_inside_of_a_stamp_does_not_block_and_is_different(
             return Nested(int(self) + other)
 
     def clock() -> int:
-        if Stamps is PythonStamps:
+        if Stamps is python_stamps:
             return Nested(1_700_000_000_000_000_000)
         if next(calls) < 5:  # in C nothing else of it is anybody's but its own
             inner.append(stamps())
