@@ -590,13 +590,14 @@ def answered(
     *,
     headers: dict[str, str] | None = None,
     error: type[Exception] = QueryError,
+    api: str = "1",
     **more: Any,
 ) -> Row:
     """Of a server that answers a query or the like, or a write, so."""
 
     def provoke(parts: Parts) -> None:
         parts.stub.answer = lambda handler: handler.reply(status, body, **(headers or {}))
-        database = parts.database(username="u", password="hunter2")
+        database = parts.database(username="u", password="hunter2", api=api)
         if ask == "write":
             HTTPClient(database.options).write(b"m f=1")
         elif ask == "ping":
@@ -623,6 +624,7 @@ NO_ANSWER = (
     'the answer is JSON, but not of the shape that InfluxDB gives; expected {"results": […]}; '
     "is this InfluxDB's HTTP API?"
 )
+UNKNOWN_SHAPE = "the answer is JSON of an unknown shape; expected "
 ONE_BY_ONE = "one of the statements failed; send them one by one, or chunked, to learn why"
 ANSWERS = [
     *failed(503, b"<html>\n <h1>busy</h1></html>", f"503: <html> <h1>busy</h1></html>; {FAILED}"),
@@ -701,6 +703,54 @@ ANSWERS = [
     *(
         answered("query", 200, body, NO_ANSWER)
         for body in (b"[]", b"null", b'{"results":7}', b'{"results":[7]}')
+    ),
+    answered("query", 200, b"[1]", UNKNOWN_SHAPE + "[{…}, …]; is 'api' right?", api="3"),
+    *(
+        answered(
+            "query",
+            200,
+            body,
+            UNKNOWN_SHAPE + '{"status": "success", "data": {…}}; is this VictoriaMetrics\' API?',
+            api="victoria",
+        )
+        for body in (
+            b"[]",
+            b"{}",
+            b'{"data":{"resultType":"string","result":[1,"x"]}}',
+            b'{"data":{"resultType":"scalar","result":[Infinity,"1"]}}',
+            b'{"data":{"resultType":"vector","result":[{"metric":{},"value":[1,"x"]}]}}',
+        )
+    ),
+    answered(
+        "query",
+        422,
+        b'{"status":"error","errorType":"422","error":"unexpected token"}',
+        "the server answered: unexpected token",
+        api="victoria",
+    ),
+    answered(
+        "post",
+        200,
+        b"",
+        "post: VictoriaMetrics has no statement that changes data; to delete series use its "
+        "address /api/v1/admin/tsdb/delete_series",
+        api="victoria-cluster",
+    ),
+    *(
+        answered(
+            "query",
+            200,
+            b"",
+            f"{name}: VictoriaMetrics is asked in PromQL without it; {instead}",
+            api="victoria",
+            **{name: given},
+        )
+        for name, given, instead in (
+            ("params", {"a": 1}, "write the values into the statement"),
+            ("database", "x", 'ask for its label: up{db="name"}'),
+            ("retention_policy", "x", "it has none"),
+            ("chunked", True, "its answers are whole"),
+        )
     ),
     *(
         answered(
