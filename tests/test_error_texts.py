@@ -52,8 +52,9 @@ from tests.test_line_protocol import Word
 
 PACKAGE = Path(celery_influx.__file__).parent
 #: Modules whose errors are tested elsewhere: wrong options, with tables as complete as these, in
-#: test_options.py; a wrong name of ours in test_layers.py; a wait of tests' own in test_listener.py.
-ELSEWHERE = {"options.py", "__init__.py", "listener.py"}
+#: test_options.py; a wrong name of ours in test_layers.py; a wait of tests' own in test_listener.py;
+#: those of commands in test_cli.py.
+ELSEWHERE = {"options.py", "__init__.py", "listener.py", "cli.py", "server_setup.py"}
 #: Functions that return a part of an error's text: each of their returns is a text of its own.
 TELLERS = {"_reason", "_blame", "why"}
 

@@ -58,6 +58,7 @@ BANDS = {
     "celery_influx.tasks": CELERY,
     "celery_influx.sampler": CELERY,
     "celery_influx.cli": TOOLS,
+    "celery_influx.server_setup": TOOLS,
     "celery_influx.listener": TOOLS,
     "celery_influx.pytest_plugin": TOOLS,
 }
