@@ -27,6 +27,8 @@ from tests.test_http import Stub, serving
 
 pytestmark = pytest.mark.once
 
+ROOT = Path(__file__).parent.parent
+#: Of the package that is tested, installed or not.
 PACKAGE = Path(celery_influx.__file__).parent
 
 Run = Callable[..., Result]
@@ -240,6 +242,11 @@ def test_a_continuous_query_keeps_means_maxima_and_counts_with_types_of_their_ow
         },
         {"time": end - 300, "task": "b", "runtime": 9, "runtime_max": 9, "retries": 0, "retries_max": 0, **one},
     ]  # fmt: skip
+    mean = (
+        "SELECT sum(total) / sum(runs) FROM (SELECT runtime * runtime_count AS total, "
+        "runtime_count AS runs FROM every_5m.celery_task)"
+    )
+    assert database.query(mean).series[0].values[0][1] == (1 + 2 + 9 + 5) / 4
     # The mean of integers is a float beside the integer that came in, which goes on coming in.
     database.send_data(Point("celery_task", {"retries": 4}, {"task": "a"}, end * 10**9))
     assert database.flush(5)
@@ -325,6 +332,14 @@ net.core.rmem_max = 8388608
   database = "m"
   skip_database_creation = true
 """
+
+
+def test_the_docs_show_what_is_printed_by_default() -> None:
+    page = (ROOT / "docs/how-to/enable-udp.md").read_text()
+    shown = "".join(line[4:] or "\n" for line in re.findall(r"^(?:    .*|)\n", page, re.MULTILINE))
+    printed = configuration(DatabaseOptions(name="celery")).split("\n# telegraf.conf")[0]
+
+    assert printed.replace("\n# influxdb.conf\n", "") in shown
 
 
 @pytest.mark.parametrize(
@@ -549,7 +564,7 @@ def test_an_app_without_the_plugin_is_told_so() -> None:
 
 
 def test_celery_finds_the_command_by_the_projects_entry_point(tmp_path: Path) -> None:
-    declared = (PACKAGE.parent / "pyproject.toml").read_text()
+    declared = (ROOT / "pyproject.toml").read_text()
     (group,) = re.findall(
         r'^\[project\.entry-points\."celery\.commands"\]\n(.+\n)', declared, re.MULTILINE
     )
