@@ -110,10 +110,11 @@ class Setup:
             raise InfluxError(f"api {options.api!r}: this is for InfluxDB 1.x; {instead}")
         if options.http_port and not self._dry_run:
             version = self._database.ping().version or ""
-            if not version.lstrip("v").startswith("1."):
+            # A Telegraf's influxdb_listener says 1.0, and answers all statements with nothing.
+            if not re.match(r"v?1\.\d+\.", version):
                 raise InfluxError(
                     f"the server's version is {version or 'none, as of VictoriaMetrics'}; expected "
-                    "InfluxDB 1.x; set 'api' to what it is"
+                    "InfluxDB 1.x itself, such as 1.8.10; set 'api' to what it is"
                 )
 
     def _source(self, duration: str | None) -> tuple[str, dict[str, str | None]]:

@@ -515,7 +515,11 @@ def test_an_error_says_what_to_do_and_is_not_a_success(
 
 @pytest.mark.parametrize(
     ("headers", "version"),
-    [({}, "none, as of VictoriaMetrics"), ({"X_Influxdb_Version": "v2.7.5"}, "v2.7.5")],
+    [
+        ({}, "none, as of VictoriaMetrics"),
+        ({"X_Influxdb_Version": "v2.7.5"}, "v2.7.5"),
+        ({"X_Influxdb_Version": "1.0"}, "1.0"),  # Telegraf
+    ],
 )
 def test_another_server_than_the_entry_says_is_noticed(
     stub: Stub, headers: dict[str, str], version: str
@@ -526,8 +530,8 @@ def test_another_server_than_the_entry_says_is_noticed(
 
     assert found.exit_code == 1
     assert found.output.endswith(
-        f"Error: m: the server's version is {version}; expected InfluxDB 1.x; set 'api' to what it "
-        "is\n"
+        f"Error: m: the server's version is {version}; expected InfluxDB 1.x itself, such as "
+        "1.8.10; set 'api' to what it is\n"
     )
     assert len(stub.asked) == 1
 

@@ -423,6 +423,13 @@ def unparsable(line: bytes, reason: str) -> Row:
     return decoded(line, f"unable to parse '{line.decode()}': {reason}")
 
 
+POINTS += [
+    Row(
+        FieldError,
+        "point 'm': a string with a newline, which ends the line for this server; replace it",
+        lambda parts: parts.database(transport="tcp").send_data(Point("m", {"s": "a\nb"})),
+    )
+]
 LINES = [
     *(
         decoded(line, f"expected one line with a point, found {count}: {line!r}")

@@ -221,6 +221,32 @@ def test_what_was_written_is_found_by_promql(victoria: VictoriaMetrics) -> None:
     assert database.close()
 
 
+def test_what_a_newline_in_a_string_would_forge_is_refused_before(
+    victoria: VictoriaMetrics,
+) -> None:
+    where = {"host": "127.0.0.1", "http_port": victoria.http_port, "transport": "http"}
+    forged = Point("told", {"s": f"a\nforged,t=a f=666 {NOW}\nb"}, None, NOW)
+    names = {}
+    for api in ("1", "victoria"):
+        database = Database(DatabaseOptions(**where, api=api, database=f"of {api}"))
+        database.send_data([forged, Point("last", {"f": 1}, None, NOW)])
+        assert database.flush(5)
+        assert database.stats()["rejected"] == (api == "victoria")
+
+        def read(api: str = api) -> set[str]:
+            url = f"http://127.0.0.1:{victoria.http_port}"
+            requests.get(f"{url}/internal/force_flush", timeout=10)
+            query = {"match[]": f'{{db="of {api}"}}'}
+            rows = requests.get(f"{url}/api/v1/export", params=query, timeout=10).text
+            return {json.loads(row)["metric"]["__name__"] for row in rows.splitlines()}
+
+        wait_for(lambda read=read: "last_f" in read(), 20, "the last point")
+        names[api] = read()
+        assert database.close()
+
+    assert names == {"1": {"forged_f", "last_f"}, "victoria": {"last_f"}}
+
+
 def test_datagrams_that_are_filled_up_with_newlines_are_stored_whole(
     victoria: VictoriaMetrics,
 ) -> None:
