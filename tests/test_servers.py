@@ -72,7 +72,10 @@ class StandIn:
             handler.reply(404, b'{"code": "not found", "message": "path not found"}')
 
     def _write_2(self, handler: Any) -> None:
-        """A line that cannot be read spoils all of them."""
+        """``org`` is required, and a line that cannot be read spoils all of them.
+
+        https://docs.influxdata.com/influxdb/v2/write-data/troubleshoot/
+        """
         query = handler.query
         if "org" not in query or query.get("precision") not in ([["ns"], ["us"], ["ms"], ["s"]]):
             handler.reply(400, b'{"code": "invalid", "message": "invalid request"}')
@@ -91,14 +94,20 @@ class StandIn:
         handler.reply(204)
 
     def _query_2(self, handler: Any) -> None:
-        """``db`` and ``q`` are required; of ``rp`` and ``epoch`` nothing else is known."""
+        """``db`` and ``q`` are required, and ``epoch`` is one of six words.
+
+        https://docs.influxdata.com/influxdb/v2/api-guide/influxdb-1x/query/
+        """
         asked = self.asked[-1][1] or parse_qs(handler.body.decode())
         assert {"db", "q"} <= set(asked) <= {"db", "rp", "q", "epoch", "params"}
         assert asked["epoch"][0] in ("ns", "u", "µ", "ms", "s", "m", "h")
         handler.reply(200, ANSWER, X_Influxdb_Version="v2.7.5")
 
     def _query_3(self, handler: Any) -> None:
-        """By GET the parameters are in the URL, by POST in a JSON object."""
+        """By GET the parameters are in the URL, by POST in a JSON object.
+
+        https://docs.influxdata.com/influxdb3/core/query-data/execute-queries/influxdb-v3-api/
+        """
         if handler.command == "POST":
             assert handler.headers["Content-Type"] == "application/json"
             assert self.asked[-1][1] == {}
@@ -113,7 +122,10 @@ class StandIn:
         handler.reply(200, ROWS)
 
     def _write_3(self, handler: Any) -> None:
-        """Each line that cannot be read is named; the others are stored."""
+        """Each line that cannot be read is named; the others are stored.
+
+        https://docs.influxdata.com/influxdb3/core/write-data/http-api/v3-write-lp/
+        """
         words = ["auto", "nanosecond", "microsecond", "millisecond", "second"]
         if [handler.query.get("precision")] not in [[[word]] for word in words]:
             handler.reply(400, b'{"error": "invalid precision"}')
