@@ -358,12 +358,13 @@ class Database(_Way):
         self._put = self._hand_over if relay else self._queue
         self._constant, self.stamps, self.heads = tags, stamps, {}
         # Last: other threads take it as the sign that all the rest is there.
-        self._encode = Encoder(
+        encode = Encoder(
             tags=tags,
             precision=Precision(self.options.precision),
             clock=stamps,
             on_left_out=self._count_left_out,
         ).encode
+        self._encode = _without_newlines(encode) if _parts_at_newlines(self.options) else encode
         if relay:
             self._accept = self._quickest()
 
@@ -592,6 +593,30 @@ def _alone() -> weakref.WeakSet[Database]:
 
     os.register_at_fork(after_in_child=after_fork)
     return databases
+
+
+def _parts_at_newlines(options: DatabaseOptions) -> bool:
+    """Whether a newline ends a line for the server even where it stands in a string.
+
+    What follows it would be a point that nobody sent. So are VictoriaMetrics and, over TCP,
+    Telegraf (https://docs.victoriametrics.com/victoriametrics/integrations/influxdb/ and
+    https://github.com/influxdata/telegraf/tree/master/plugins/inputs/socket_listener); QuestDB
+    hangs up (https://questdb.com/docs/ingestion/ilp/columnset-types/).
+    """
+    return options.transport == "tcp" or options.api in ("victoria", "victoria-cluster")
+
+
+def _without_newlines(encode: Callable[[Point], bytes]) -> Callable[[Point], bytes]:
+    def encode_on_one_line(point: Point) -> bytes:
+        line = encode(point)
+        if b"\n" in line:
+            raise FieldError(
+                f"point {point.measurement!r:.80}: a string with a newline, which ends the line "
+                "for this server; replace it"
+            )
+        return line
+
+    return encode_on_one_line
 
 
 def _say(error: Exception) -> str:

@@ -29,6 +29,7 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 _ENCODE = "expected udp://host:8089 or the like, a password's special characters as %XX"
 #: One name or address and nothing else. A single colon would begin a port.
 _is_host = re.compile(r"[^\s\0/@?#:\[\]]+|[0-9A-Fa-f.]*(?::[0-9A-Fa-f.]*){2,}(?:%\w+)?").fullmatch
+_is_tenant = re.compile(r"\d{1,10}(?::\d{1,10})?|multitenant", re.ASCII).fullmatch
 
 T = TypeVar("T")
 
@@ -129,8 +130,14 @@ class DatabaseOptions:
     )
     api: str = option(
         "1",
-        "Version of the server's HTTP API: InfluxDB 1.x, and VictoriaMetrics; 2.x; or 3.x.",
-        choices=("1", "2", "3"),
+        "The server's HTTP API: of InfluxDB 1.x, 2.x or 3.x, or of VictoriaMetrics, single or a "
+        "cluster, which `query` asks in PromQL.",
+        choices=("1", "2", "3", "victoria", "victoria-cluster"),
+    )
+    tenant: str = option(
+        "0",
+        "Tenant in a cluster of VictoriaMetrics: `accountID`, `accountID:projectID`, or "
+        "`multitenant`.",
     )
     organization: str | None = option(
         None,
@@ -425,6 +432,12 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
         mistakes += _spool_mistakes(values, where)
     if values.get("api") == "2" and not values.get("organization"):
         mistakes.append(f"{where}['organization']: missing; InfluxDB 2.x wants the bucket's")
+    tenant = values.get("tenant", "0")
+    if not _is_tenant(tenant):
+        mistakes.append(
+            f"{where}['tenant']: expected numbers as in '7' or '7:2', or 'multitenant', "
+            f"got {_shown(tenant)}"
+        )
     if values.get("token") and (values.get("username") or values.get("password")):
         mistakes.append(
             f"{where}: both a token and a username or password; expected one of the two"

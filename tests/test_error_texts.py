@@ -56,8 +56,9 @@ from tests.test_line_protocol import Word
 
 PACKAGE = Path(celery_influx.__file__).parent
 #: Modules whose errors are tested elsewhere: wrong options, with tables as complete as these, in
-#: test_options.py; a wrong name of ours in test_layers.py; a wait of tests' own in test_listener.py.
-ELSEWHERE = {"options.py", "__init__.py", "listener.py"}
+#: test_options.py; a wrong name of ours in test_layers.py; a wait of tests' own in test_listener.py;
+#: those of commands in test_cli.py.
+ELSEWHERE = {"options.py", "__init__.py", "listener.py", "cli.py", "server_setup.py"}
 #: Functions that return a part of an error's text: each of their returns is a text of its own.
 TELLERS = {"_reason", "_blame", "why"}
 
@@ -426,6 +427,13 @@ def unparsable(line: bytes, reason: str) -> Row:
     return decoded(line, f"unable to parse '{line.decode()}': {reason}")
 
 
+POINTS += [
+    Row(
+        FieldError,
+        "point 'm': a string with a newline, which ends the line for this server; replace it",
+        lambda parts: parts.database(transport="tcp").send_data(Point("m", {"s": "a\nb"})),
+    )
+]
 LINES = [
     *(
         decoded(line, f"expected one line with a point, found {count}: {line!r}")
@@ -594,13 +602,14 @@ def answered(
     *,
     headers: dict[str, str] | None = None,
     error: type[Exception] = QueryError,
+    api: str = "1",
     **more: Any,
 ) -> Row:
     """Of a server that answers a query or the like, or a write, so."""
 
     def provoke(parts: Parts) -> None:
         parts.stub.answer = lambda handler: handler.reply(status, body, **(headers or {}))
-        database = parts.database(username="u", password="hunter2")
+        database = parts.database(username="u", password="hunter2", api=api)
         if ask == "write":
             HTTPClient(database.options).write(b"m f=1")
         elif ask == "ping":
@@ -627,6 +636,7 @@ NO_ANSWER = (
     'the answer is JSON, but not of the shape that InfluxDB gives; expected {"results": […]}; '
     "is this InfluxDB's HTTP API?"
 )
+UNKNOWN_SHAPE = "the answer is JSON of an unknown shape; expected "
 ONE_BY_ONE = "one of the statements failed; send them one by one, or chunked, to learn why"
 ANSWERS = [
     *failed(503, b"<html>\n <h1>busy</h1></html>", f"503: <html> <h1>busy</h1></html>; {FAILED}"),
@@ -705,6 +715,54 @@ ANSWERS = [
     *(
         answered("query", 200, body, NO_ANSWER)
         for body in (b"[]", b"null", b'{"results":7}', b'{"results":[7]}')
+    ),
+    answered("query", 200, b"[1]", UNKNOWN_SHAPE + "[{…}, …]; is 'api' right?", api="3"),
+    *(
+        answered(
+            "query",
+            200,
+            body,
+            UNKNOWN_SHAPE + '{"status": "success", "data": {…}}; is this VictoriaMetrics\' API?',
+            api="victoria",
+        )
+        for body in (
+            b"[]",
+            b"{}",
+            b'{"data":{"resultType":"string","result":[1,"x"]}}',
+            b'{"data":{"resultType":"scalar","result":[Infinity,"1"]}}',
+            b'{"data":{"resultType":"vector","result":[{"metric":{},"value":[1,"x"]}]}}',
+        )
+    ),
+    answered(
+        "query",
+        422,
+        b'{"status":"error","errorType":"422","error":"unexpected token"}',
+        "the server answered: unexpected token",
+        api="victoria",
+    ),
+    answered(
+        "post",
+        200,
+        b"",
+        "post: VictoriaMetrics has no statement that changes data; to delete series use its "
+        "address /api/v1/admin/tsdb/delete_series",
+        api="victoria-cluster",
+    ),
+    *(
+        answered(
+            "query",
+            200,
+            b"",
+            f"{name}: VictoriaMetrics is asked in PromQL without it; {instead}",
+            api="victoria",
+            **{name: given},
+        )
+        for name, given, instead in (
+            ("params", {"a": 1}, "write the values into the statement"),
+            ("database", "x", 'ask for its label: up{db="name"}'),
+            ("retention_policy", "x", "it has none"),
+            ("chunked", True, "its answers are whole"),
+        )
     ),
     *(
         answered(

@@ -31,6 +31,7 @@ BANDS = {
     "celery_influx.task_points": CORE,
     "celery_influx.options": CORE,
     "celery_influx.queries": CORE,
+    "celery_influx.results": CORE,
     "celery_influx.counters": CORE,
     "celery_influx.stamps": CORE,
     "celery_influx.buffer": CORE,
@@ -58,6 +59,7 @@ BANDS = {
     "celery_influx.tasks": CELERY,
     "celery_influx.sampler": CELERY,
     "celery_influx.cli": TOOLS,
+    "celery_influx.server_setup": TOOLS,
     "celery_influx.listener": TOOLS,
     "celery_influx.pytest_plugin": TOOLS,
 }

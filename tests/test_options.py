@@ -29,7 +29,8 @@ TAKES = {
     "secure": "True or False",
     "ca_file": "a string or None",
     "database": "a string",
-    "api": "one of '1', '2', '3'",
+    "api": "one of '1', '2', '3', 'victoria', 'victoria-cluster'",
+    "tenant": "a string",
     "organization": "a string or None",
     "username": "a string or None",
     "password": "a string or None",
@@ -502,6 +503,7 @@ def test_a_url_stands_for_options(url: str, expected: dict[str, Any]) -> None:
 
 
 def test_every_option_can_be_said_in_a_url() -> None:
+    words = {"spool_dir": "/word", "tenant": "7"}
     for field in DATABASE_FIELDS:
         if field.name in ("transport", "host", "username", "password", "secure"):
             continue
@@ -509,7 +511,7 @@ def test_every_option_can_be_said_in_a_url() -> None:
             int: "10000000" if "spool" in field.name else "1024" if "bytes" in field.name else "7",
             float: "1.5",
             bool: "True",
-            str: (field.metadata["choices"] or ("/word" if "dir" in field.name else "word",))[-1],
+            str: (field.metadata["choices"] or (words.get(field.name, "word"),))[-1],
         }[field.metadata["kind"]]
 
         found = getattr(database(f"http://h?{field.name}={value}"), field.name)
@@ -623,6 +625,16 @@ def test_every_option_can_be_said_in_a_url() -> None:
         (
             "http://h/b?api=2&token=t",
             "influx_databases['m']['organization']: missing; InfluxDB 2.x wants the bucket's",
+        ),
+        *(
+            (
+                f"http://h?api=victoria-cluster&tenant={tenant}",
+                (
+                    "influx_databases['m']['tenant']: expected numbers as in '7' or '7:2', or "
+                    f"'multitenant', got {tenant!r}"
+                ),
+            )
+            for tenant in ("", "a", "1:2:3", "1:", "-1", "1/2", "12345678901", "١")
         ),
         (
             "udp://h?spool_dir=/var/spool/x",

@@ -1,7 +1,12 @@
-"""HTTPClient and stand-ins for InfluxDB 2.x and 3.x, as strict as their documents are.
+"""HTTPClient and stand-ins for InfluxDB 2.x and 3.x and a cluster of VictoriaMetrics, as strict as
+their documents are. The real VictoriaMetrics is in conformance/test_victoria.py.
 
-2.x: https://docs.influxdata.com/influxdb/v2/api/write-data/ and .../v2/write-data/troubleshoot/
-3.x: https://docs.influxdata.com/influxdb3/core/write-data/http-api/v3-write-lp/ and .../api/
+2.x: https://docs.influxdata.com/influxdb/v2/api/write-data/ and .../v2/write-data/troubleshoot/;
+    to query, https://docs.influxdata.com/influxdb/v2/api-guide/influxdb-1x/query/
+3.x: https://docs.influxdata.com/influxdb3/core/write-data/http-api/v3-write-lp/ and .../api/; to
+    query, https://docs.influxdata.com/influxdb3/core/query-data/execute-queries/influxdb-v3-api/
+    and .../query-data/influxql/parameterized-queries/
+The cluster: https://docs.victoriametrics.com/victoriametrics/cluster-victoriametrics/#url-format
 """
 
 from __future__ import annotations
@@ -9,15 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from celery_influx.database import Database
-from celery_influx.errors import DecodeError, SendError
+from celery_influx.errors import DecodeError, QueryError, SendError
 from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from celery_influx.queries import Series
 from celery_influx.transports.http import HTTPClient
 from celery_influx.transports.servers import SERVERS
 from tests.test_http import Stub, serving
@@ -25,6 +31,12 @@ from tests.test_http import Stub, serving
 TOKEN = "t0k"
 ANSWER = b'{"results": [{"statement_id": 0, "series": [{"name": "m", "columns": ["time", "f"], '
 ANSWER += b'"values": [[1, 2]]}]}]}'
+#: 3.x's, with times of no, some and all digits behind the point.
+ROWS = b"""[
+  {"iox::measurement":"home","time":"2022-01-01T09:00:00","room":"Kitchen","temp":23.0},
+  {"iox::measurement":"home","time":"2022-01-01T09:00:00.5","room":"Hall","co":7,"temp":-0},
+  {"iox::measurement":"shed","time":"1969-12-31T23:59:59.999999999Z","temp":1e-3}
+]"""
 
 
 class StandIn:
@@ -48,8 +60,10 @@ class StandIn:
             handler.reply(401, b'{"code": "unauthorized", "message": "unauthorized access"}')
         elif path == "/ping":
             handler.reply(200, b'{"version": "3.0.1"}', X_Influxdb_Version="3.0.1")
-        elif path == "/query":
-            handler.reply(200, ANSWER, X_Influxdb_Version="x")
+        elif (self.api, path) == ("2", "/query"):
+            self._query_2(handler)
+        elif (self.api, path) == ("3", "/api/v3/query_influxql"):
+            self._query_3(handler)
         elif (self.api, path) == ("2", "/api/v2/write"):
             self._write_2(handler)
         elif (self.api, path) == ("3", "/api/v3/write_lp"):
@@ -58,7 +72,10 @@ class StandIn:
             handler.reply(404, b'{"code": "not found", "message": "path not found"}')
 
     def _write_2(self, handler: Any) -> None:
-        """A line that cannot be read spoils all of them."""
+        """``org`` is required, and a line that cannot be read spoils all of them.
+
+        https://docs.influxdata.com/influxdb/v2/write-data/troubleshoot/
+        """
         query = handler.query
         if "org" not in query or query.get("precision") not in ([["ns"], ["us"], ["ms"], ["s"]]):
             handler.reply(400, b'{"code": "invalid", "message": "invalid request"}')
@@ -76,8 +93,39 @@ class StandIn:
         self.stored += lines
         handler.reply(204)
 
+    def _query_2(self, handler: Any) -> None:
+        """``db`` and ``q`` are required, and ``epoch`` is one of six words.
+
+        https://docs.influxdata.com/influxdb/v2/api-guide/influxdb-1x/query/
+        """
+        asked = self.asked[-1][1] or parse_qs(handler.body.decode())
+        assert {"db", "q"} <= set(asked) <= {"db", "rp", "q", "epoch", "params"}
+        assert asked["epoch"][0] in ("ns", "u", "µ", "ms", "s", "m", "h")
+        handler.reply(200, ANSWER, X_Influxdb_Version="v2.7.5")
+
+    def _query_3(self, handler: Any) -> None:
+        """By GET the parameters are in the URL, by POST in a JSON object.
+
+        https://docs.influxdata.com/influxdb3/core/query-data/execute-queries/influxdb-v3-api/
+        """
+        if handler.command == "POST":
+            assert handler.headers["Content-Type"] == "application/json"
+            assert self.asked[-1][1] == {}
+            asked = json.loads(handler.body)
+            assert isinstance(asked.get("params", {}), dict)
+        else:
+            asked = {key: value for key, (value,) in self.asked[-1][1].items()}
+            assert isinstance(json.loads(asked.get("params", "{}")), dict)
+        assert {"q", "db"} <= set(asked) <= {"q", "db", "format", "params"}
+        self.asked[-1] = (self.asked[-1][0], asked)
+        assert asked["format"] == "json"
+        handler.reply(200, ROWS)
+
     def _write_3(self, handler: Any) -> None:
-        """Each line that cannot be read is named; the others are stored."""
+        """Each line that cannot be read is named; the others are stored.
+
+        https://docs.influxdata.com/influxdb3/core/write-data/http-api/v3-write-lp/
+        """
         words = ["auto", "nanosecond", "microsecond", "millisecond", "second"]
         if [handler.query.get("precision")] not in [[[word]] for word in words]:
             handler.reply(400, b'{"error": "invalid precision"}')
@@ -197,14 +245,134 @@ def test_a_retention_policy_is_a_part_of_the_buckets_name(server: StandIn) -> No
     assert server.asked[0][1][name] == ["celery/year"]
 
 
-def test_ping_and_query_are_answered_as_by_1(server: StandIn) -> None:
+def test_a_ping_is_answered_as_by_1(server: StandIn) -> None:
     with HTTPClient(options(server)) as client:
         assert client.ping().version == {"2": "v2.7.5", "3": "3.0.1"}[server.api]
+
+
+@pytest.mark.parametrize("server", ["2"], indirect=True)
+def test_2_is_asked_at_the_address_of_1(server: StandIn) -> None:
+    with HTTPClient(options(server, retention_policy="year", epoch="ms")) as client:
         result = client.query("SELECT f FROM m")
+        client.post("DROP MEASUREMENT m")
+
     assert [series.name for series in result.series] == ["m"]
-    path, query = server.asked[-1]
-    assert path == "/query"
-    assert query["db"] == ["celery"]
+    assert server.asked == [
+        ("/query", {"q": ["SELECT f FROM m"], "db": ["celery"], "rp": ["year"], "epoch": ["ms"]}),
+        ("/query", {}),
+    ]
+
+
+HOME = 1_641_027_600_000_000_000
+LONG = "SELECT * FROM home WHERE room != '" + "x" * 10_000 + "'"
+
+
+@pytest.mark.parametrize("server", ["3"], indirect=True)
+@pytest.mark.parametrize("statement", ["SELECT * FROM home, shed", LONG], ids=["GET", "POST"])
+def test_3_is_asked_at_an_address_of_its_own_and_answers_rows(
+    server: StandIn, statement: str
+) -> None:
+    with HTTPClient(options(server)) as client:
+        result = client.query(statement, params={"room": "Hall", "least": 1.5}, chunked=True)
+
+    ((path, asked),) = server.asked
+    assert path == "/api/v3/query_influxql"
+    assert (asked["q"], asked["db"]) == (statement, "celery")
+    params = asked["params"]
+    assert (json.loads(params) if isinstance(params, str) else params) == {
+        "room": "Hall",
+        "least": 1.5,
+    }
+    assert result.series == [
+        Series(
+            "home",
+            {},
+            ["time", "room", "temp", "co"],
+            [[HOME, "Kitchen", 23, None], [HOME + 500_000_000, "Hall", 0, 7]],
+        ),
+        Series("shed", {}, ["time", "temp"], [[-1, 0.001]]),
+    ]
+    assert (result.partial, result.messages) == (False, [])
+
+
+@pytest.mark.parametrize("server", ["3"], indirect=True)
+def test_times_of_3_come_in_the_unit_asked_for_and_its_policy_is_in_the_name(
+    server: StandIn,
+) -> None:
+    with HTTPClient(options(server, retention_policy="year", epoch="s")) as client:
+        result = client.query("SELECT * FROM home")
+        with pytest.raises(QueryError, match="DROP MEASUREMENT is not a statement that only reads"):
+            client.query("DROP MEASUREMENT home")
+
+    ((_, asked),) = server.asked
+    assert asked["db"] == "celery/year"
+    assert result.rows()[1] == {"time": HOME // 10**9, "room": "Hall", "temp": 0, "co": 7}
+
+
+def test_3_may_answer_in_the_shape_of_1_too_as_the_description_of_its_api_says(stub: Stub) -> None:
+    answer = {"columns": ["time", "f"], "name": "m", "values": [["2024-02-02T12:00:00Z", 42]]}
+    body = json.dumps({"results": [{"series": [answer]}]}).encode()
+    stub.answer = lambda handler: handler.reply(200, body)
+
+    found = stub.client(api="3").query("SELECT f FROM m", epoch="h")
+
+    assert found.rows() == [{"time": 474_132, "f": 42}]
+
+
+@pytest.mark.parametrize("tenant", ["0", "7:2"])
+def test_a_cluster_of_victoria_metrics_is_written_to_and_asked_by_its_tenant(
+    stub: Stub, tenant: str
+) -> None:
+    found = {"metric": {"__name__": "m_f", "t": "a"}, "value": [1.5, "NaN"]}
+    data = {"resultType": "vector", "result": [found]}
+    body = {"status": "success", "isPartial": True, "warnings": ["slow"], "data": data}
+    written: list[bytes] = []
+
+    def answer(handler: Any) -> None:
+        path = urlsplit(handler.path).path
+        if path == "/ping":
+            handler.reply(204)
+        elif (handler.command, path) == ("POST", f"/insert/{tenant}/influx/write"):
+            written.append(handler.body)
+            handler.reply(204)
+        elif path == f"/select/{tenant}/prometheus/api/v1/query":
+            assert handler.query == {"query": ["m_f"]}
+            handler.reply(200, json.dumps(body).encode())
+        else:
+            handler.reply(400, b"unsupported path")
+
+    stub.answer = answer
+    with stub.client(api="victoria-cluster", tenant=tenant) as client:
+        client.ping()
+        assert client.write(b"m,t=a f=1 1500000000") == 0
+        result = client.query("m_f", epoch="ms")
+
+    assert written == [b"m,t=a f=1 1500000000"]
+    (series,) = result
+    assert series[:3] == ("m_f", {"t": "a"}, ["time", "value"])
+    assert repr(series.values) == "[[1500, nan]]"
+    assert (result.partial, result.messages) == (True, ["warning: slow"])
+
+
+def test_a_metric_of_many_values_has_a_row_for_each_and_a_scalar_has_no_name(stub: Stub) -> None:
+    metric = {"__name__": "m", "t": "a"}
+    for data, expected in (
+        (
+            {
+                "resultType": "matrix",
+                "result": [{"metric": metric, "values": [[1, "1"], [2, "2.5"]]}],
+            },
+            [Series("m", {"t": "a"}, ["time", "value"], [[1, 1.0], [2, 2.5]])],
+        ),
+        (
+            {"resultType": "scalar", "result": [1.999, "+Inf"]},
+            [Series("", {}, ["time", "value"], [[1, float("inf")]])],
+        ),
+        ({"resultType": "vector", "result": []}, []),
+    ):
+        body = json.dumps({"status": "success", "data": data}).encode()
+        stub.answer = lambda handler, body=body: handler.reply(200, body)
+        assert stub.client(api="victoria").query("m", epoch="s").series == expected
 
 
 def test_points_go_all_the_way(server: StandIn) -> None:

@@ -72,9 +72,16 @@ class Answer:
         return value
 
     @property
-    def is_influx(self) -> bool:
-        """Whether InfluxDB itself answered, rather than something in front of it."""
-        return "X-Influxdb-Version" in self._response.headers
+    def is_its_own(self) -> bool:
+        """Whether the server itself answered, rather than something in front of it.
+
+        InfluxDB puts its version into each answer; an error of VictoriaMetrics, after ``words``,
+        has the form of Prometheus's.
+        """
+        said = self.said
+        return "X-Influxdb-Version" in self._response.headers or (
+            isinstance(said, dict) and "errorType" in said
+        )
 
     def finish(self) -> None:
         """Read a body that should be empty, so that the connection can be used again."""

@@ -22,8 +22,6 @@ from celery_influx.queries import (
     EPOCHS,
     QueryResult,
     count_statements,
-    encode_params,
-    parse_answer,
     parse_json,
     require_read_only,
     require_text,
@@ -31,7 +29,7 @@ from celery_influx.queries import (
 from celery_influx.transports import in_url
 from celery_influx.transports import load as load_module
 from celery_influx.transports.answers import Answer, retry_after, why
-from celery_influx.transports.servers import SERVERS
+from celery_influx.transports.servers import SERVERS, Question
 
 if TYPE_CHECKING:
     import requests
@@ -199,33 +197,39 @@ class HTTPClient:
         """Run statements that only read.
 
         Args:
-            statement: InfluxQL; several statements are parted by ``;``.
+            statement: InfluxQL; several statements are parted by ``;``. With the ``api``
+                ``victoria`` or ``victoria-cluster`` one expression of PromQL, as of now: each
+                metric of its answer is a series whose tags are the labels, with the columns
+                ``time`` and ``value``. InfluxDB 3.x gives a series for each measurement, in which
+                ``GROUP BY`` tags are columns.
             params: Values for ``$name`` in the statement: strings, numbers and booleans, and
                 ``{"duration": "1h"}``, ``{"identifier": "name"}``, ``{"regex": ".*"}``. Never
-                format values into the statement. VictoriaMetrics does not know them.
-            database: Default: the option ``database``.
-            retention_policy: Default: the option of that name.
+                format values into the statement. Not for PromQL.
+            database: Default: the option ``database``. Not for PromQL, which asks all of them.
+            retention_policy: Default: the option of that name. Not for PromQL.
             epoch: Unit of the times in the answer: ns, u, ms, s, m or h. Default: the option.
             chunked: Let the server send the answer in pieces, which its ``max-row-limit`` does
-                not cut: True for pieces of 10,000 rows, or the number of rows.
+                not cut: True for pieces of 10,000 rows, or the number of rows. InfluxDB 3.x cuts
+                nothing. Not for PromQL.
             timeout: Longest wait, in seconds, for a connection, and for each piece of the answer.
                 Default: ``http_timeout``.
 
         Raises:
             QueryError: A statement may write, or cannot be read for sure: nothing was sent; or
-                the server refused it, or a value in ``params`` cannot be bound.
+                the server refused it, or a value in ``params`` cannot be bound; or an argument
+                that PromQL does not know was given.
             SendError: The server did not answer.
         """
-        fields = self._fields(statement, params, database, retention_policy, epoch)
-        require_read_only(statement)
-        if chunked:
-            fields["chunked"] = "true"
-            if chunked is not True:
-                fields["chunk_size"] = str(chunked)
+        question = self._question(statement, params, database, retention_policy, epoch)
+        question = question._replace(chunked=chunked)
+        fields = self._server.fields(question, self._options)
+        if not self._server.unchangeable:
+            require_read_only(statement)
+            question = question._replace(statements=count_statements(statement))
         # Proxies and servers refuse long request lines; what only reads may go by POST as well.
         length = sum(len(quote(value)) for value in fields.values())
         method = "GET" if length < _LONGEST_GET else "POST"
-        return self._ask(method, fields, timeout, count_statements(statement))
+        return self._ask(method, fields, timeout, question)
 
     def post(
         self,
@@ -243,8 +247,10 @@ class HTTPClient:
             QueryError: The server refused one of them; those before it were carried out.
             SendError: The server did not answer; the statements may have been carried out.
         """
-        fields = self._fields(statement, params, database, retention_policy, epoch)
-        return self._ask("POST", fields, timeout)
+        if self._server.unchangeable:
+            raise QueryError(f"post: {self._server.unchangeable}")
+        question = self._question(statement, params, database, retention_policy, epoch)
+        return self._ask("POST", self._server.fields(question, self._options), timeout, question)
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's connections without closing them."""
@@ -280,44 +286,36 @@ class HTTPClient:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def _fields(
+    def _question(
         self,
         statement: str,
         params: Mapping[str, Any] | None,
         database: str | None,
         retention_policy: str | None,
         epoch: str | None,
-    ) -> dict[str, str]:
-        database = self._database if database is None else database
-        policy = retention_policy or self._options.retention_policy
+    ) -> Question:
         epoch = self._options.epoch if epoch is None else epoch
         require_text("statement", statement)
-        require_text("database", database)
+        require_text("database", self._database if database is None else database)
         if epoch not in EPOCHS:
             raise QueryError(f"epoch: expected one of {', '.join(EPOCHS)}; got {epoch!r}")
-        fields = {"q": statement, "db": database, "epoch": epoch}
-        if policy:
-            require_text("retention_policy", policy)
-            fields["rp"] = policy
-        if params:
-            fields["params"] = encode_params(params)
-        return fields
+        require_text("retention_policy", retention_policy or self._options.retention_policy or "")
+        return Question(statement, epoch, params, database, retention_policy)
 
     def _ask(
-        self, method: str, fields: dict[str, str], timeout: float | None, statements: int = 0
+        self, method: str, fields: dict[str, str], timeout: float | None, question: Question
     ) -> QueryResult:
-        sent = {"params": fields} if method == "GET" else {"data": fields}
-        with self._request(method, "/query", timeout=timeout, **sent) as answer:
+        sent: dict[str, Any] = {"params": fields} if method == "GET" else self._server.body(fields)
+        with self._request(method, self._server.query, timeout=timeout, **sent) as answer:
             if answer.status != 200:
                 words = answer.words()
-                if answer.status == 400 and answer.is_influx:
+                if answer.status in (400, 422) and answer.is_its_own:
                     raise QueryError(f"the server answered: {self._clean(words)}")
                 raise QueryError(str(self._refused(answer, words, "200")))
-            chunked = "chunked" in fields
             documents = []
             text = ""
             try:
-                for text in answer.lines() if chunked else [answer.text()]:
+                for text in answer.lines() if "chunked" in fields else [answer.text()]:
                     documents.append(parse_json(text))
             except (ValueError, RecursionError):
                 documents = []
@@ -327,7 +325,7 @@ class HTTPClient:
                     f"{self.address}: expected JSON, got {kind}: {self._clean(text)!r}; "
                     "is this InfluxDB's HTTP API?"
                 )
-        return parse_answer(documents, chunked=chunked, statements=statements)
+        return self._server.answer(documents, question)
 
     def _request(
         self,
@@ -346,7 +344,7 @@ class HTTPClient:
         try:
             response = self._opened().request(
                 method,
-                self._root + path,
+                self._root + path.format(tenant=self._options.tenant),
                 params=params,
                 data=data,
                 headers=headers,

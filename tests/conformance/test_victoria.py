@@ -15,8 +15,10 @@ import pytest
 import requests
 
 from celery_influx.database import Database
+from celery_influx.errors import QueryError
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from celery_influx.queries import QueryResult
 from tests.python_only import python_only
 from tests.servers import VictoriaMetrics, wait_for
 
@@ -179,6 +181,70 @@ def test_the_point_of_a_tasks_run_is_stored_with_all_its_numbers(sent: Sent) -> 
     sent.send(Point("celery_task", fields, tags, NOW))
 
     assert sent.stored() == series("celery_task", fields, **tags)
+
+
+def test_what_was_written_is_found_by_promql(victoria: VictoriaMetrics) -> None:
+    options = DatabaseOptions(
+        host="127.0.0.1", http_port=victoria.http_port, transport="http", api="victoria",
+        database="asked", epoch="ms",
+    )  # fmt: skip
+    database = Database(options)
+    assert database.ping().version is None
+    # It does not show the last half minute yet: "query latency" in
+    # https://docs.victoriametrics.com/victoriametrics/keyconcepts/
+    values = {NOW - (60 + ago) * 10**9: float(ago) for ago in (20, 10, 0)}
+    database.send_data(
+        Point("asked", {"f": value, "n": 7}, {"t": "a b"}, at) for at, value in values.items()
+    )
+    assert database.flush(5)
+    requests.get(f"http://127.0.0.1:{victoria.http_port}/internal/force_flush", timeout=10)
+
+    found = wait_for(lambda: database.query('{__name__=~"asked_.*"}[5m]'), 20, "the points")
+    assert isinstance(found, QueryResult)
+    tags = {"db": "asked", "t": "a b"}
+    rows = [{**tags, "time": at // 10**6, "value": value} for at, value in values.items()]
+    assert {series.name: series.rows() for series in found} == {
+        "asked_f": rows,
+        "asked_n": [{**row, "value": 7.0} for row in rows],
+    }
+    (row,) = database.query('sum(asked_f{t="a b"}) + 1', epoch="s").rows()
+    assert row["value"] == 1.0
+    assert abs(row["time"] - time.time()) < 60
+    assert database.query("nothing_of_the_kind").series == []
+    # Too long for a URL.
+    (row,) = database.query("nothing_at_all or " * 600 + "asked_n").rows()
+    assert (row["value"], row["t"]) == (7.0, "a b")
+    with pytest.raises(QueryError, match=r"^the server answered: error .*unexpected token"):
+        database.query("asked_f{")
+    with pytest.raises(QueryError, match="no statement that changes data"):
+        database.post("asked_f")
+    assert database.close()
+
+
+def test_what_a_newline_in_a_string_would_forge_is_refused_before(
+    victoria: VictoriaMetrics,
+) -> None:
+    where = {"host": "127.0.0.1", "http_port": victoria.http_port, "transport": "http"}
+    forged = Point("told", {"s": f"a\nforged,t=a f=666 {NOW}\nb"}, None, NOW)
+    names = {}
+    for api in ("1", "victoria"):
+        database = Database(DatabaseOptions(**where, api=api, database=f"of {api}"))
+        database.send_data([forged, Point("last", {"f": 1}, None, NOW)])
+        assert database.flush(5)
+        assert database.stats()["rejected"] == (api == "victoria")
+
+        def read(api: str = api) -> set[str]:
+            url = f"http://127.0.0.1:{victoria.http_port}"
+            requests.get(f"{url}/internal/force_flush", timeout=10)
+            query = {"match[]": f'{{db="of {api}"}}'}
+            rows = requests.get(f"{url}/api/v1/export", params=query, timeout=10).text
+            return {json.loads(row)["metric"]["__name__"] for row in rows.splitlines()}
+
+        wait_for(lambda read=read: "last_f" in read(), 20, "the last point")
+        names[api] = read()
+        assert database.close()
+
+    assert names == {"1": {"forged_f", "last_f"}, "victoria": {"last_f"}}
 
 
 def test_datagrams_that_are_filled_up_with_newlines_are_stored_whole(

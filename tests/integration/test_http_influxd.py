@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import time
@@ -14,6 +15,7 @@ import requests
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from celery_influx.database import Database
 from celery_influx.errors import QueryError, SendError
 from celery_influx.line_protocol import Encoder
 from celery_influx.options import DatabaseOptions
@@ -21,6 +23,7 @@ from celery_influx.point import Point
 from celery_influx.queries import quote_ident, quote_string, require_read_only
 from celery_influx.transports.http import HTTPClient
 from tests.servers import Influxd, VictoriaMetrics, find
+from tests.test_cli import run as set_up
 from tests.test_queries import READING, UNREADABLE, WRITING
 
 pytestmark = pytest.mark.once
@@ -688,6 +691,38 @@ def test_a_forked_child_does_not_disturb_its_parents_tls_connection(secured: Sec
 
     assert os.waitstatus_to_exitcode(status) == 0
     assert len(client.query("SELECT f FROM forked").rows()) == 3
+
+
+def _as_entry(client: HTTPClient, **more: Any) -> dict[str, Any]:
+    """The entry of influx_databases that makes such a client."""
+    entry = dataclasses.asdict(client._options) | more
+    return {key: value for key, value in entry.items() if key != "name"}
+
+
+def test_points_go_all_the_way_with_a_password_over_https(secured: Secured) -> None:
+    entry = _as_entry(secured(username="admin", password="pa:ss wört"))
+    database = Database(DatabaseOptions(**entry))
+    database.send_data(Point("whole_way", {"f": at}, None, at) for at in range(100))
+    assert database.flush(5)
+
+    assert len(database.query("SELECT f FROM whole_way").rows()) == 100
+    assert database.stats()["sent"] == 100
+    assert database.close()
+
+
+def test_a_database_is_set_up_over_https_by_who_may(secured: Secured) -> None:
+    reader = _as_entry(secured(username="reader", password="readonly"), database="set_up")
+    refused = set_up({"main": reader})
+    assert refused.exit_code == 1
+    assert "got 403: " in refused.output
+    assert "requires admin privilege; give the user the right to do this" in refused.output
+
+    admin = secured(username="admin", password="pa:ss wört")
+    for expected in ("CREATE DATABASE", "nothing to change"):
+        done = set_up({"main": _as_entry(admin, database="set_up")}, "--downsample", "5m:52w")
+        assert done.exit_code == 0, done.output
+        assert expected in done.output
+        assert "pa:ss" not in done.output
 
 
 # -- VictoriaMetrics -----------------------------------------------------------------------------
