@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from celery_influx.counters import (
     SENT,
 )
 from celery_influx.errors import SendError
+from celery_influx.parts import Parts
 from celery_influx.report import Report
 from celery_influx.transports import Transport
 
@@ -130,7 +130,7 @@ class Delivery:
         self.failed = self.spooled = 0
         self.most_lines = sys.maxsize
         self.is_away = False
-        self._parts: deque[list[bytes]] = deque()  # of the batch, in order
+        self._parts = Parts()  # of the batch
         # Of the oldest batch in the spool: answers that were about it, and not the server's state.
         self._head_answers = 0
         self._took_others = False
@@ -145,13 +145,13 @@ class Delivery:
 
     def _begin(self, *lists: list[bytes], is_head: bool = False) -> None:
         """The next batch. Nothing has failed yet, of this one."""
-        self._parts.extend(lists)
+        self._parts.clear()
+        self._parts.add(*lists)
         self._is_head = is_head  # and stands in the spool, until it is done with
         self._size = self.held
-        self._answers = self._requests = 0
+        self._answers = 0
         self._first_failure: float | None = None
         self._repeated = False
-        self._halved = False  # one of the first two parts has a bad line
         self._refusal = ""
 
     @property
@@ -177,7 +177,7 @@ class Delivery:
     @property
     def held(self) -> int:
         """Lines that are to be tried again."""
-        return sum(map(len, self._parts))
+        return len(self._parts)
 
     @property
     def undecided(self) -> int:
@@ -205,7 +205,7 @@ class Delivery:
         if self._transport.confirms:
             if not (self._spool and self.wait and self._put_aside()):
                 if self._spool and self._spool_first:
-                    self._on_disk(self._spool.hold, self._all_held())
+                    self._on_disk(self._spool.hold, self._parts.lines())
                 self.retry()
             return
         try:
@@ -230,17 +230,14 @@ class Delivery:
     def retry(self) -> None:
         """Make one attempt at what is left of the batch."""
         try:
-            self._write(self._parts[0])
+            self._write(self._parts.first)
         except SendError as error:
             self._see_to(error)
         else:
             self._answered()
             self._took_others = self._took_others or not self._is_head
-            self._parts.popleft()
-            self._requests += bool(self._requests)  # from the first refusal on
-            if self._halved:  # then it is the other half that is spoilt
-                self._halve()
-        if self._parts and self._requests >= self.MOST_REQUESTS:
+            self._parts.taken()
+        if self._parts and self._parts.requests >= self.MOST_REQUESTS:
             count = self.held
             self._parts.clear()
             self._reject(count, count, f"found no end of bad lines: {self._refusal}", "no end")
@@ -325,14 +322,11 @@ class Delivery:
             where,
         )
 
-    def _all_held(self) -> list[bytes]:
-        return [line for part in self._parts for line in part]
-
     def _put_aside(self) -> bool:
         """Have what is left of the batch in the spool, and not here; whether it is."""
         if not self._spool:
             return False
-        lines, was_head = self._all_held(), self._is_head
+        lines, was_head = self._parts.lines(), self._is_head
         if was_head and len(lines) == self._size:
             self._is_head = False  # it stays where it is
         else:
@@ -363,34 +357,14 @@ class Delivery:
         return max(delay, retry_after or 0.0, self.SHORTEST_WAIT)
 
     def _split(self, error: SendError) -> None:
-        """The first part is refused whole: look for what spoils it, by halves."""
+        """The first part is refused whole: look for what spoils it."""
         parts = self._parts
         self._refusal = str(error)
         too_long = error.cause in _TOO_LONG
-        self._requests += not too_long  # that comes to an end by itself
-        if self._halved:
-            # Of the other half nothing is known; so it goes with all that comes after it.
-            first, other = parts.popleft(), parts.popleft()
-            rest = parts.popleft() if parts else []
-            parts.extendleft(filter(None, (other + rest, first)))
-            self._halved = False
-        if len(parts[0]) == 1:
-            parts.popleft()
+        if parts.too_long() if too_long else parts.refused():
             self._reject(1, 1, self._refusal)
-        else:
-            self._halve()
-            if too_long:  # and not one of its lines: that tells nothing of the other half
-                self._halved = False
-                self.most_lines = min(self.most_lines, len(parts[0]))
-
-    def _halve(self) -> None:
-        """Somewhere in the first part is a bad line."""
-        lines = self._parts[0]
-        half = len(lines) // 2
-        self._halved = bool(half)
-        if half:
-            self._parts.popleft()
-            self._parts.extendleft((lines[half:], lines[:half]))
+        elif too_long:
+            self.most_lines = min(self.most_lines, len(parts.first))
 
     def _reject(self, rejected: int, count: int, why: str, cause: str = "rejected") -> None:
         self._counters[REJECTED] += rejected
@@ -425,7 +399,7 @@ class Delivery:
     def give_up(self, lists: Iterable[list[bytes]]) -> None:
         """Something failed that nobody foresaw: count as lost what is held, and ``lists``."""
         self._counters[ERRORS] += 1
-        self._parts.extend(lists)
+        self._parts.add(*lists)
         self._lose()
         self._done()
 
@@ -444,7 +418,7 @@ class Delivery:
         Returns:
             How many lines are there now: they are sent twice, should it succeed yet.
         """
-        lines = [] if self._is_head else self._all_held()
+        lines = [] if self._is_head else self._parts.lines()
         return len(lines) if lines and (self._spool_first or self.keep(lines)) else 0
 
     def reject(self, lines: int) -> None:
