@@ -46,6 +46,8 @@ _SHARED = re.compile(
 #: The locks that this process has: it may not open these files again, since closing any of its
 #: descriptors of a file ends its lock of it. A forked child has none of its parent's.
 _ours: set[tuple[int, Path]] = set()
+#: Those that it had, and whose segments it has counted: it may be who adopts them.
+_left: set[tuple[int, Path]] = set()
 
 
 def pack(lines: list[bytes]) -> bytes:
@@ -88,19 +90,20 @@ class _Owner:
 
     def sent_of(self, segment: Path) -> int:
         """How many bytes of a segment have been sent."""
-        name, _, place = os.pread(self.lock, 300, 0).decode("ascii", "replace").partition(" ")
+        text = os.pread(self.lock, 300, 0).decode("ascii", "replace").partition("\n")[0]
+        name, _, place = text.partition(" ")
         return int(place) if name == segment.name and place.isdecimal() else 0
 
     def note(self, segment: Path, place: int) -> None:
         """Have it stand in the lock how much of which segment has been sent."""
-        text = f"{segment.name} {place:012d}".encode()
-        os.pwrite(self.lock, text, 0)
-        os.ftruncate(self.lock, len(text))
+        os.pwrite(self.lock, f"{segment.name} {place:012d}\n".encode(), 0)
 
     def release(self, *, is_done: bool) -> None:
         """Let others have it; or, if all of it was sent, remove it."""
         if is_done:
             _remove(self.path)
+        else:
+            _left.add((os.getpid(), self.path))
         _ours.discard((os.getpid(), self.path))
         os.close(self.lock)
 
@@ -138,6 +141,8 @@ class Spool:
     SEGMENT = 4_194_304
     #: Seconds between two looks for owners that have died.
     LOOK = 30.0
+    #: Of whom so many are adopted at a time: each costs an open file.
+    MOST_OWNERS = 50
 
     def __init__(
         self,
@@ -250,7 +255,8 @@ class Spool:
                 if not self._segments:
                     self._close_segment()
                 if segment.lines is None:
-                    self._load(segment)
+                    with contextlib.suppress(OSError):
+                        self._load(segment)
                 dropped += segment.lines or 0
                 self._delete(segment)
         if dropped:
@@ -297,16 +303,18 @@ class Spool:
         segment = self._segments.popleft()
         if not self._segments:
             self._close_segment()
-        self._read = segment, *self._load(segment)
+        try:
+            self._read = segment, *self._load(segment)
+        except OSError as error:  # it stays there, for whoever can
+            self._warn_of(error)
+            self.bytes -= segment.size
+            self.lines -= segment.lines or 0
+            self._counters[LOST] += segment.lines or 0
 
     def _load(self, segment: _Segment) -> tuple[bytes, deque[tuple[int, int, int]]]:
         """Read a segment, and count its lines if they are not yet counted."""
-        try:
-            data = segment.path.read_bytes()
-            sent = segment.owner.sent_of(segment.path)
-        except OSError as error:
-            data, sent = b"", 0
-            self._warn_of(error)
+        data = segment.path.read_bytes()
+        sent = segment.owner.sent_of(segment.path)
         found = deque(records(data, sent))
         whole = sum(end - start for start, end, _ in found)
         if whole < len(data) - sent:
@@ -320,7 +328,8 @@ class Spool:
             )
         lines = sum(count for *_, count in found)
         if segment.lines is None:
-            self._counters[ADOPTED] += lines
+            if (os.getpid(), segment.owner.path) not in _left:
+                self._counters[ADOPTED] += lines
             self.lines += lines
         else:
             self._counters[LOST] += segment.lines - lines
@@ -353,6 +362,9 @@ class Spool:
             return False
         owners = {path.name.partition(".")[0] for path in files if path.suffix in (_LOCK, _SEGMENT)}
         for owner in sorted(owners):
+            if len(self._owners) > self.MOST_OWNERS:
+                self._next_look = self._clock()  # for the rest
+                break
             path = self.folder / f"{owner}{_LOCK}"
             if (os.getpid(), path) not in _ours:
                 self._adopt_from(path)
@@ -422,14 +434,16 @@ def _locked(path: Path) -> int | None:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Its owner may have removed it in between: then it is locked, and another is not.
-        is_there = os.path.samestat(path.stat(), os.fstat(lock))
+        if os.path.samestat(path.stat(), os.fstat(lock)):
+            _ours.add((os.getpid(), path))
+            return lock
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass  # another's, or gone
     except OSError:
-        is_there = False
-    if not is_there:
         os.close(lock)
-        return None
-    _ours.add((os.getpid(), path))
-    return lock
+        raise
+    os.close(lock)
+    return None
 
 
 def _make_private(folder: Path) -> None:

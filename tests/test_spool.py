@@ -239,10 +239,44 @@ def test_the_next_process_sends_what_the_last_one_left_and_not_what_it_had_sent(
     second = make()
     second.spool.append(batch(10))
     assert sorted(second.all()) == sorted(batch(number) for number in range(4, 11))
-    assert second.counted() == {"spooled": 3, "adopted": 18}
+    assert second.counted() == {"spooled": 3}
     assert files(second) == ["lock"]
     second.spool.close()
     assert files(second) == []
+
+
+def test_who_opens_it_again_in_the_same_process_counts_its_lines_once(make) -> None:
+    first = make()
+    first.spool.append(batch(0))
+    first.spool.close()
+    second = make()
+    assert second.all() == [batch(0)]
+    assert second.counted() == {}
+
+
+def test_of_many_dead_only_so_many_are_adopted_at_a_time(make) -> None:
+    left = [make() for _ in range(12)]
+    for number, each in enumerate(left):
+        each.spool.append(batch(number))
+        each.spool.close()
+    last = make()
+    last.spool.MOST_OWNERS = 5
+    assert last.spool.head() == batch(0)
+    assert len(last.spool._owners) == 6
+    assert last.all() == [batch(number) for number in range(12)]
+
+
+def test_a_segment_that_cannot_be_read_stays_and_keeps_nobody_waiting(make, caplog) -> None:
+    one = make()
+    one.spool.SEGMENT = 1
+    one.spool.append(batch(0))
+    one.spool.append(batch(1))
+    one.spool._segments[0].path.unlink()
+    one.spool._segments[0].path.mkdir()
+    assert one.all() == [batch(1)]
+    assert one.counted() == {"spooled": 6, "lost": 3}
+    assert "cannot be read: [Errno 21]" in caplog.text
+    assert one.spool.lines == one.spool.bytes == 0
 
 
 def test_what_others_left_comes_in_the_order_in_which_they_began(make) -> None:
@@ -379,8 +413,10 @@ def test_what_a_process_wrote_is_there_after_kill_9_and_nothing_twice(child, mak
     said += process.stdout.read()
     written = int(said.splitlines()[-1])
 
-    lines = [line for lines in make().all() for line in lines]
+    one = make()
+    lines = [line for lines in one.all() for line in lines]
 
+    assert one.counted() == {"adopted": len(lines)}
     assert lines[0] == b"first"
     assert lines[1:] == [b"m n=%di" % number for number in range(len(lines) - 1)]
     assert len(lines) - 1 in (written, written + 1)
