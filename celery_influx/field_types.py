@@ -43,8 +43,8 @@ class TypeTable:
     """
 
     CELLS = 16_384
-    #: Tried for a field. With three quarters of all cells taken, one of 10,000 fields finds none.
-    PROBES = 32
+    #: Tried for a field. With three quarters of all cells taken, one of 100 new ones finds none.
+    PROBES = 16
 
     def __init__(self, *, shared: bool = False, learning: bool = False) -> None:
         size = (self.CELLS + 1) * 8
