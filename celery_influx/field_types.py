@@ -164,13 +164,13 @@ class FieldTypes:
                 fitting[name] = float(value)
             else:
                 conflicts.append(
-                    f"{_short(name)} is of type {type(value).__name__}, expected {kind.__name__}"
+                    f"{name!r:.100} is of type {type(value).__name__}, expected {kind.__name__}"
                 )
         if conflicts:
             self._on_conflict(measurement, conflicts)
         if not fitting:
             raise FieldError(
-                f"point {_short(measurement)}: no field is left to store: {conflicts[0]}, since "
+                f"point {measurement!r:.100}: no field is left to store: {conflicts[0]}, since "
                 "InfluxDB fixes a field's type at its first value. Send one type, or use another "
                 "name"
             )
@@ -178,21 +178,18 @@ class FieldTypes:
 
     def _type(self, measurement: str, field: str, kind: type) -> type:
         """The field's type: ``kind`` if it has none yet."""
+        # Looked at first: the server's answer may come in between.
+        final = not self._table.learning
         found = self.known.get(measurement, {}).get(field) or _OWN.get((measurement, field))
         if found is None:
             found = self._table.claim(measurement, field, kind)
         if found is None:
             self._on_full(measurement, field)
             found = kind
-        if self._table.learning or len(measurement) + len(field) > self.LONGEST:
+        if not final or len(measurement) + len(field) > self.LONGEST:
             return found
         if self._kept >= self.MOST:
             self._kept = 0
             self.known.clear()
         self._kept += 1
         return self.known.setdefault(measurement, {}).setdefault(field, found)
-
-
-def _short(name: str) -> str:
-    text = repr(name)
-    return text if len(text) <= 100 else f"{text[:80]}...{text[-10:]}"

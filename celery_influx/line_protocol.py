@@ -332,7 +332,7 @@ def _settling(encode: Callable[[Point], bytes], types: FieldTypes) -> Callable[[
         line = encode(point)  # first: a point that is refused must not fix a type
         measurement, fields, tags, timestamp = point
         measurement = str.__str__(measurement)
-        kept, _ = _values(measurement, fields)
+        kept, _ = _values(f"point {_show(measurement)}", fields)
         fitting = types.fit(measurement, kept)
         if fitting is kept:
             return line

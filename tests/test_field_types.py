@@ -209,6 +209,21 @@ def test_what_the_server_has_wins_over_what_was_sent_before_it_answered() -> Non
     assert side.fields({"f": 0.5, "g": 3}) == {"g": 3}
 
 
+def test_what_the_server_has_wins_where_its_answer_comes_in_the_middle_of_a_claim() -> None:
+    class Answered(TypeTable):
+        def claim(self, measurement: str, field: str, kind: type) -> type | None:
+            found = super().claim(measurement, field, kind)
+            self.learn([("m", "f", str)])
+            self.end_learning()
+            return found
+
+    side = Side(extension, Answered(learning=True))
+
+    assert side.fields({"f": 0.5}) == {"f": 0.5}
+    for _ in range(2):
+        assert side.fields({"f": "x"}) == {"f": "x"}
+
+
 def test_of_a_servers_answer_only_what_it_says_for_sure_is_taken() -> None:
     columns = ["fieldKey", "fieldType"]
     answer = [
@@ -322,6 +337,7 @@ def test_a_server_that_does_not_answer_keeps_no_type_from_being_fixed(
     assert influx.close()
 
     assert "main: the server's field types are not known: http://127.0.0.1:9" in caplog.text
+    assert not influx.default._types.learning
     assert [dict(point.fields) for point in receiver.points("m", 2)] == [
         {"f": 1, "g": "x"}, {"g": "x"}
     ]  # fmt: skip
