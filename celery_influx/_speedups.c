@@ -399,6 +399,7 @@ typedef struct {
     PyObject *on_left_out;   /* callable or None */
     PyObject *encode;        /* the Python encoder */
     PyObject *slow;          /* its slow way, for a point whose clock has been asked */
+    PyObject *types;         /* FieldTypes' dict of measurement to field to type, or None */
     Stamps *stamps;          /* the clock, where it is one of these; else NULL */
     long long unit;
 } Encoder;
@@ -456,7 +457,8 @@ static int put_tags(Encoder *self, Line *line, PyObject *tags)
     return DONE;
 }
 
-static int put_fields(Line *line, PyObject *fields, Py_ssize_t *left_out)
+/* `known`: the types that the fields have, or NULL, where they may have any. */
+static int put_fields(Line *line, PyObject *fields, PyObject *known, Py_ssize_t *left_out)
 {
     Py_ssize_t place = 0;
     PyObject *key, *value;
@@ -469,6 +471,11 @@ static int put_fields(Line *line, PyObject *fields, Py_ssize_t *left_out)
             return RARE;
         if (PyUnicode_READ_CHAR(key, 0) == '_')
             return RARE;
+        PyObject *given = (PyObject *)Py_TYPE(value);
+        PyObject *kind = known == NULL ? given : PyDict_GetItemWithError(known, key);
+        int widened = kind == (PyObject *)&PyFloat_Type && given == (PyObject *)&PyLong_Type;
+        if (kind != given && !widened)
+            return PyErr_Occurred() ? BROKEN : RARE;
         if (line_room(line, 1))
             return BROKEN;
         put(line, separator);
@@ -492,8 +499,12 @@ static int put_fields(Line *line, PyObject *fields, Py_ssize_t *left_out)
             long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
             if (overflow)
                 return RARE;
-            put_integer(line, number);
-            put(line, 'i');
+            if (widened) {
+                came = put_float(line, (double)number);
+            } else {
+                put_integer(line, number);
+                put(line, 'i');
+            }
         } else if (PyUnicode_CheckExact(value)) {
             put(line, '"');
             came = put_text(line, value, VALUE);
@@ -535,8 +546,13 @@ static int put_point(
         if (came)
             return came;
     }
-    came = put_fields(line, fields, left_out);
-    return came;
+    PyObject *known = NULL;
+    if (self->types != Py_None) {
+        known = PyDict_GetItemWithError(self->types, measurement);
+        if (known == NULL)
+            return PyErr_Occurred() ? BROKEN : RARE;
+    }
+    return put_fields(line, fields, known, left_out);
 }
 
 /* The time, rounded down to the encoder's unit. */
@@ -631,6 +647,7 @@ static int encoder_traverse(Encoder *self, visitproc visit, void *arg)
     Py_VISIT(self->on_left_out);
     Py_VISIT(self->encode);
     Py_VISIT(self->slow);
+    Py_VISIT(self->types);
     return 0;
 }
 
@@ -644,6 +661,7 @@ static void encoder_dealloc(Encoder *self)
     Py_XDECREF(self->on_left_out);
     Py_XDECREF(self->encode);
     Py_XDECREF(self->slow);
+    Py_XDECREF(self->types);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
@@ -1816,11 +1834,16 @@ static PyObject *task_end(PyObject *module, PyObject *args)
 static PyObject *encoder(PyObject *module, PyObject *args)
 {
     PyObject *constant, *constant_text, *clock, *on_left_out, *python_encode, *slow;
+    PyObject *types = Py_None;
     long long unit;
     if (!PyArg_ParseTuple(
-            args, "O!O!LOOOO:encoder", &PyDict_Type, &constant, &PyBytes_Type, &constant_text, &unit,
-            &clock, &on_left_out, &python_encode, &slow))
+            args, "O!O!LOOOO|O:encoder", &PyDict_Type, &constant, &PyBytes_Type, &constant_text, &unit,
+            &clock, &on_left_out, &python_encode, &slow, &types))
         return NULL;
+    if (types != Py_None && !PyDict_CheckExact(types)) {
+        PyErr_SetString(PyExc_TypeError, "expected types in a dict, or None");
+        return NULL;
+    }
     State *state = PyModule_GetState(module);
     Encoder *self = (Encoder *)state->encoder->tp_alloc(state->encoder, 0);
     if (self == NULL)
@@ -1831,6 +1854,7 @@ static PyObject *encoder(PyObject *module, PyObject *args)
     self->on_left_out = Py_NewRef(on_left_out);
     self->encode = Py_NewRef(python_encode);
     self->slow = Py_NewRef(slow);
+    self->types = Py_NewRef(types);
     self->stamps = Py_TYPE(clock) == state->stamps ? (Stamps *)clock : NULL;
     self->unit = unit;
     PyObject *function = PyCFunction_New(&encode_def, (PyObject *)self);
@@ -1911,7 +1935,7 @@ static PyObject *relay_sender(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"encoder", encoder, METH_VARARGS,
-     "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow): an encode."},
+     "encoder(constant, constant_text, unit, clock, on_left_out, encode, slow, types): an encode."},
     {"sender", sender, METH_VARARGS,
      "sender(encode, buffer, points, due_lines, due_bytes, send, wake): a send."},
     {"relay_sender", relay_sender, METH_VARARGS,

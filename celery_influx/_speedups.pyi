@@ -44,6 +44,7 @@ def encoder(
     on_left_out: Callable[[int], None] | None,
     encode: Callable[[Point], bytes],
     slow: Callable[[Point], bytes],
+    types: dict[str, dict[str, type]] | None = None,
 ) -> Callable[[Point], bytes]: ...
 def sender(
     encode: Callable[[Point], bytes],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import billiard
@@ -53,10 +54,8 @@ class InfluxStep(bootsteps.StartStopStep):
         _watch_messages(parent.consumer)
         logger.info("celery_influx: %s", "; ".join(map(self._line, self.influx)))
         for database in self.influx:
-            probe = threading.Thread(
-                target=_probe, args=(database,), name="celery_influx probe", daemon=True
-            )
-            probe.start()
+            for look in (database.learn_types, partial(_probe, database)):
+                threading.Thread(target=look, name="celery_influx probe", daemon=True).start()
 
     def _line(self, database: Database) -> str:
         tasks = self.influx.records_tasks and database is self.influx.default

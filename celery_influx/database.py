@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from celery_influx.batcher import Batcher
 from celery_influx.buffer import Buffer, make_buffer
-from celery_influx.counters import DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
+from celery_influx.counters import CONFLICTS, DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
 from celery_influx.delivery import Delivery
 from celery_influx.errors import ConfigError, FieldError, InfluxError, PointError
+from celery_influx.field_types import FieldTypes, TypeTable, server_types
 from celery_influx.line_protocol import Encoder
 from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
@@ -110,6 +111,7 @@ class Database(_Way):
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
+        self._types: TypeTable
         self._constant: Mapping[str, Any]
         #: Gives this process's present time, unlike any other of its times, in ns.
         self.stamps: Stamps
@@ -197,11 +199,11 @@ class Database(_Way):
         For callers that write plain numbers only, and keep it in ``heads``. "" where it cannot
         stand for itself: whether influxd reads a backslash as given depends on all of the line.
         """
-        line = self.encode(Point(measurement, {"f": True}, tags, 0)).decode()
+        line = self.encode(Point(measurement, {"runtime": 0.0}, tags, 0)).decode()
         texts = (measurement, *tags.values(), *self._constant.values())
         if len(line) > 1_024 or any("\\" in str(text) for text in texts):
             return ""
-        return line.removesuffix("f=true 0")
+        return line.removesuffix("runtime=0.0 0")
 
     def send_lines(self, lines: list[bytes]) -> None:
         """Queue encoded lines that others have counted: the relay's, from pool children."""
@@ -341,6 +343,22 @@ class Database(_Way):
             self._http = load("celery_influx.transports.http").HTTPClient(self.options)
         return self._http
 
+    @property
+    def learns_types(self) -> bool:
+        """Whether its server may be asked for the types of fields."""
+        return bool(self._enabled and self.options.field_types and self.options.http_port)
+
+    def learn_types(self) -> None:
+        """Ask the server for the types of its fields: in a thread, for it may be slow."""
+        self._settled()
+        try:
+            if self.learns_types:
+                self._types.learn(server_types(self.query("SHOW FIELD KEYS")))
+        except (InfluxError, ValueError) as error:
+            logger.info("%s: the server's field types are not known: %s", self.name, error)
+        finally:
+            self._types.end_learning()
+
     # -- this process ----------------------------------------------------------------------------
 
     def begin(
@@ -350,19 +368,27 @@ class Database(_Way):
         stamps: Stamps,
         tags: Mapping[str, Any],
         relay: RelayEnd | None = None,
+        types: TypeTable | None = None,
     ) -> None:
-        """Set out in this process: count in ``counters``, and queue here or write to ``relay``."""
+        """Set out in this process: count in ``counters``, and queue here or write to ``relay``.
+
+        ``types``: those of the fields, where other processes share them.
+        """
         self._counters = counters
         self._account = account
         self._relay = relay
         self._put = self._hand_over if relay else self._queue
         self._constant, self.stamps, self.heads = tags, stamps, {}
+        self._types = types or TypeTable()
         # Last: other threads take it as the sign that all the rest is there.
         encode = Encoder(
             tags=tags,
             precision=Precision(self.options.precision),
             clock=stamps,
             on_left_out=self._count_left_out,
+            types=FieldTypes(self._types, self._count_conflicts, self._say_full)
+            if self.options.field_types
+            else None,
         ).encode
         self._encode = _without_newlines(encode) if _parts_at_newlines(self.options) else encode
         if relay:
@@ -536,6 +562,30 @@ class Database(_Way):
             "%s: left out %d fields that were NaN or infinite: InfluxDB cannot store them",
             self.name,
             fields,
+        )
+
+    def _count_conflicts(self, measurement: str, conflicts: list[str]) -> None:
+        self._counters[CONFLICTS] += len(conflicts)
+        self._report.warn(
+            "conflict",
+            "%s: point %.100r: left out %d fields: %s. InfluxDB fixes a field's type at its first "
+            "value: send one type, 9.0 and not 9 where 9.5 may follow, or use another name. Where "
+            "types do not matter, set 'field_types': False",
+            self.name,
+            measurement,
+            len(conflicts),
+            "; ".join(conflicts)[:500],
+        )
+
+    def _say_full(self, measurement: str, field: str) -> None:
+        self._report.warn(
+            "types",
+            "%s: field %.100r of %.100r: there are more fields than the %d on whose types the "
+            "processes of a worker can agree; each of them fixes it by itself",
+            self.name,
+            field,
+            measurement,
+            TypeTable.CELLS,
         )
 
     def _hand_over(self, lines: Sequence[bytes]) -> None:

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from celery_influx.errors import DecodeError, FieldError, PointError
+from celery_influx.field_types import FieldTypes
 from celery_influx.line_reader import (
     MAX_INT,
     MAX_KEY_LENGTH,
@@ -67,6 +68,7 @@ class Encoder:
             clock their lines carry no timestamp and InfluxDB takes the time of arrival.
         on_left_out: Called with the number of fields left out of a point because they are NaN
             or infinite, whenever there are any.
+        types: The types that fields have. Default: whatever a point gives them.
 
     Raises:
         PointError: The constant tags cannot be stored.
@@ -87,12 +89,13 @@ class Encoder:
         precision: Precision = Precision.NS,
         clock: Callable[[], int] | None = None,
         on_left_out: Callable[[int], None] | None = None,
+        types: FieldTypes | None = None,
     ) -> None:
         self._precision = Precision(precision)
         self._tags = {key: value for key, value in _texts("constant tags", tags).items() if value}
         _line("constant tags", "m", self._tags, {"f": True}, None)
         unit = self._precision.nanoseconds
-        self.encode = make_encode(self._tags, unit, clock, on_left_out, extension)
+        self.encode = make_encode(self._tags, unit, clock, on_left_out, extension, types)
 
     def __repr__(self) -> str:
         return f"<Encoder precision={self._precision.value!r} tags={self._tags!r}>"
@@ -157,6 +160,7 @@ def make_encode(  # noqa: PLR0915 - see its docstring
     clock: Callable[[], int] | None,
     on_left_out: Callable[[int], None] | None,
     speedups: ModuleType | None,
+    types: FieldTypes | None = None,
 ) -> Callable[[Point], bytes]:
     """The ``encode`` of one Encoder: a closure, since that is where Python is quickest.
 
@@ -171,6 +175,7 @@ def make_encode(  # noqa: PLR0915 - see its docstring
     find_series = series.get
     names: dict[Any, str] = {}
     find_name = names.get
+    find_types = types.known.get if types else None
     escapes, lowest, highest = _STRING_ESCAPES, MIN_INT, MAX_INT
     try:
         constant_text = "".join(map(_plain_tag, constant.items()))
@@ -230,6 +235,9 @@ def make_encode(  # noqa: PLR0915 - see its docstring
             line = find_series((measurement, *tags.items())) if type(tags) is dict else None
             if line is None:
                 line = series_of(measurement, tags)
+            known = find_types(measurement) if find_types else None
+            if known is None and find_types:
+                raise _RareError
             comma = ""
             left_out = 0
             for key, value in fields.items():
@@ -237,6 +245,10 @@ def make_encode(  # noqa: PLR0915 - see its docstring
                 if name is None:
                     name = name_of(key)
                 kind = type(value)
+                if known is not None and (settled := known.get(key)) is not kind:
+                    if settled is not float or kind is not int or not lowest <= value <= highest:
+                        raise _RareError
+                    value, kind = float(value), float
                 if kind is float:
                     if value - value != 0.0:
                         left_out += 1
@@ -274,7 +286,7 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         # A TypeError: a tag's value that cannot be hashed. A RuntimeError: the dict was changed
         # by another thread meanwhile.
         except (_RareError, UnicodeEncodeError, RuntimeError, TypeError):
-            return slow(point)
+            return rare(point)
         if left_out and on_left_out is not None:
             on_left_out(left_out)
         return encoded
@@ -299,15 +311,34 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         stored_tags = {key: value for key, value in {**constant, **own}.items() if value}
         return _line(name, measurement, stored_tags, kept, ticks)
 
+    rare: Callable[[Point], bytes] = slow
+    if types:
+        rare = _settling(make_encode(constant, unit, clock, on_left_out, None), types)
     if constant and not constant_text:
-        return slow
+        return rare
     if speedups is None:
         return encode
     text = constant_text.encode()
     quick: Callable[[Point], bytes] = speedups.encoder(
-        constant, text, unit, clock, on_left_out, encode, slow
+        constant, text, unit, clock, on_left_out, encode, slow, types and types.known
     )
     return quick
+
+
+def _settling(encode: Callable[[Point], bytes], types: FieldTypes) -> Callable[[Point], bytes]:
+    """``encode``, of a point's fields that fit: for those of which that is not known yet."""
+
+    def settle(point: Point) -> bytes:
+        line = encode(point)  # first: a point that is refused must not fix a type
+        measurement, fields, tags, timestamp = point
+        measurement = str.__str__(measurement)
+        kept, _ = _values(f"point {_show(measurement)}", fields)
+        fitting = types.fit(measurement, kept)
+        if fitting is kept:
+            return line
+        return encode(Point(measurement, fitting, tags, timestamp))
+
+    return settle
 
 
 # -- the slow way: from anything to exact types ------------------------------------------------

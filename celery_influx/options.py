@@ -184,6 +184,11 @@ class DatabaseOptions:
         choices=tuple(word.value for word in Precision),
         ex_flux="`epoch` (on write) | none | ex_flux sends `us`, which 1.x silently takes as ns.",
     )
+    field_types: bool = option(
+        True,
+        "Keep each field to the type of its first value, as InfluxDB does. False: for servers that "
+        "do not, such as VictoriaMetrics.",
+    )
     batch_size: int = option(
         5000,
         "Most lines in one payload; so many waiting lines are sent at once.",

@@ -24,6 +24,7 @@ from celery_influx.batcher import Batcher, is_green
 from celery_influx.counters import DROPPED, POINTS, Counters
 from celery_influx.database import Database
 from celery_influx.errors import ConfigError
+from celery_influx.field_types import TypeTable
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
 from celery_influx.relay import Relay
@@ -231,7 +232,12 @@ class Influx:
             patience = (self._app.conf.worker_lost_wait or 0) + 5
             runs = Runs(self.write_run, patience)
             relay = Relay(self._take_relayed, self._count_broken, runs)
-        self._worker = _Worker(hostname, Counters(len(databases), SLOTS if relay else 1), relay)
+        counters = Counters(len(databases), SLOTS if relay else 1)
+        types = [
+            TypeTable(shared=bool(relay), learning=database.learns_types)
+            for database in databases.values()
+        ]
+        self._worker = _Worker(hostname, counters, types, relay)
         with self._lock:  # a point that comes in between waits, and finds all anew
             for number, database in enumerate(databases.values()):
                 self._worker.counters.add(number, early.get(database.name, {}))
@@ -419,8 +425,9 @@ class Influx:
             row = worker.row() if worker else None
             if worker is None or row is None:
                 counters, row, slot = Counters(len(databases)), 0, os.getpid()
+                types = [TypeTable() for _ in databases]
             else:
-                counters, slot = worker.counters, worker.slot + row
+                counters, slot, types = worker.counters, worker.slot + row, worker.types
                 relay = worker.relay if row else None
             tags = {"host": socket.gethostname()}
             if worker:
@@ -433,6 +440,7 @@ class Influx:
                     stamps,
                     {**tags, **self.options.tags},
                     relay.end_for(number) if relay else None,
+                    types[number],
                 )
             self._number = list(databases).index(self.options.default_database)
             self._counters = counters.row(self._number, row)
@@ -459,9 +467,12 @@ class Influx:
 class _Worker:
     """What the processes of one worker share: made by the worker, before its pool forks."""
 
-    def __init__(self, hostname: str, counters: Counters, relay: Relay | None) -> None:
+    def __init__(
+        self, hostname: str, counters: Counters, types: list[TypeTable], relay: Relay | None
+    ) -> None:
         self.hostname = hostname
         self.counters = counters
+        self.types = types
         self.relay = relay
         self.slot = random.randrange(SLOTS)  # noqa: S311 - of row 0; each row has the next one
         self.ends: float | None = None  # by `time.monotonic`: when it was to be closed by

@@ -15,19 +15,23 @@ from types import MappingProxyType
 from typing import Any
 
 from celery_influx import _speedups
+from celery_influx.field_types import FieldTypes, TypeTable
 from celery_influx.line_protocol import make_encode
 from celery_influx.line_reader import MAX_TIME, MIN_TIME
 from celery_influx.point import Point
 from tests.conformance.hostile import Hostile
 
-#: Constant tags, unit, and whether points without a time get one.
-SETTINGS: list[tuple[dict[str, str], int, bool]] = [
-    ({}, 1, False),
-    ({}, 1, True),
-    ({"host": "web 1", "worker": "celery@web"}, 1, True),
-    ({"a": "1", "é": "ü"}, 1_000_000_000, True),
-    ({"worker": "w"}, 1_000, False),
-    ({"dir": "c:\\x", "a": "1"}, 1, True),
+#: Constant tags, unit, whether points without a time get one, and whether fields have types.
+Setting = tuple[dict[str, str], int, bool, bool]
+SETTINGS: list[Setting] = [
+    ({}, 1, False, False),
+    ({}, 1, True, False),
+    ({}, 1, True, True),
+    ({"host": "web 1", "worker": "celery@web"}, 1, True, True),
+    ({"a": "1", "é": "ü"}, 1_000_000_000, True, False),
+    ({"worker": "w"}, 1_000, False, True),
+    ({"dir": "c:\\x", "a": "1"}, 1, True, False),
+    ({"dir": "c:\\x", "a": "1"}, 1, True, True),
 ]
 
 
@@ -49,12 +53,14 @@ class Row(tuple[Any, ...]):
 class Side:
     """One encoder with a clock of its own; what it makes of a point."""
 
-    def __init__(self, setting: tuple[dict[str, str], int, bool], speedups: Any) -> None:
-        constant, unit, clocked = setting
+    def __init__(self, setting: Setting, speedups: Any) -> None:
+        constant, unit, clocked, typed = setting
         self._left_out = 0
+        self._conflicts: list[tuple[str, list[str]]] = []
         self._time = 1_700_000_000_000_000_000
         clock: Callable[[], int] | None = self._clock if clocked else None
-        self._encode = make_encode(constant, unit, clock, self._leave_out, speedups)
+        types = FieldTypes(TypeTable(), self._conflict, self._conflict) if typed else None
+        self._encode = make_encode(constant, unit, clock, self._leave_out, speedups, types)
 
     def _clock(self) -> int:
         self._time += 1_001
@@ -63,19 +69,23 @@ class Side:
     def _leave_out(self, count: int) -> None:
         self._left_out += count
 
+    def _conflict(self, measurement: str, conflicts: Any) -> None:
+        self._conflicts.append((measurement, conflicts))
+
     def outcome(self, point: Any) -> tuple[object, ...]:
         """The line, or the error and its text; fields left out, and the clock, by then."""
+        self._conflicts.clear()
         try:
             made: object = self._encode(point)
         except Exception as error:
             made = (type(error), str(error))
-        return made, self._left_out, self._time
+        return made, self._left_out, self._time, self._conflicts
 
 
 class Pair:
     """Both encoders of one setting."""
 
-    def __init__(self, setting: tuple[dict[str, str], int, bool]) -> None:
+    def __init__(self, setting: Setting) -> None:
         self._python = Side(setting, None)
         self._c = Side(setting, _speedups)
 

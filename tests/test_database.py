@@ -478,7 +478,7 @@ def test_a_line_longer_than_a_datagram_is_rejected_and_counted(
 ) -> None:
     database = make(datagram_bytes=100)
 
-    database.send_data([WHOLE, Point("m", {"f": "x" * 200}), WHOLE])
+    database.send_data([WHOLE, Point("m", {"g": "x" * 200}), WHOLE])
     assert database.flush(5) is False
 
     assert account(database) == {"points": 3, "sent": 2, "rejected": 1}

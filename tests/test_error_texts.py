@@ -314,6 +314,12 @@ POINTS = [
         f"point 'm': {NO_FIELDS} (NaN and infinity cannot be stored)",
         FieldError,
     ),
+    sent(
+        [Point("m", {"f": 1.5}), Point("m", {"f": "a"})],
+        "point 'm': no field is left to store: 'f' is of type str, expected float, since InfluxDB "
+        "fixes a field's type at its first value. Send one type, or use another name",
+        FieldError,
+    ),
     *(
         sent(Point("m", {key: 1}), f"point 'm': field key {key!r} {reason}")
         for key, reason in (

@@ -28,6 +28,7 @@ BANDS = {
     "celery_influx.line_search": CORE,
     "celery_influx.line_protocol": CORE,
     "celery_influx.measurements": CORE,
+    "celery_influx.field_types": CORE,
     "celery_influx.task_points": CORE,
     "celery_influx.options": CORE,
     "celery_influx.queries": CORE,

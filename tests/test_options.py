@@ -38,6 +38,7 @@ TAKES = {
     "retention_policy": "a string or None",
     "epoch": "one of 'ns', 'u', 'ms', 's', 'm', 'h'",
     "precision": "one of 'ns', 'u', 'ms', 's'",
+    "field_types": "True or False",
     "batch_size": "a whole number at least 1 and at most 1000000",
     "batch_bytes": "a whole number of bytes at least 1024 and at most 25000000",
     "datagram_bytes": "a whole number of bytes at least 64 and at most 65507 or None",

@@ -79,6 +79,23 @@ def test_ordinary_points_are_encoded_without_python() -> None:
     assert encode(Point("é", {"ü": "日本 😀"})) == 'é,w=1 ü="日本 😀"'.encode()
 
 
+def test_ordinary_points_whose_types_are_known_are_encoded_without_python() -> None:
+    types: dict[str, dict[str, type]] = {"m": {"f": float, "i": int, "b": bool, "s": str}}
+    rare: list[Point] = []
+    encode = _speedups.encoder({}, b"", 1, None, None, rare.append, refuse, types)
+    fields = {"f": 0.5, "i": 1, "b": True, "s": "x"}
+
+    assert encode(Point("m", fields, None, 1)) == b'm f=0.5,i=1i,b=true,s="x" 1'
+    assert encode(Point("m", {"f": 3, "i": 3}, None, 1)) == b"m f=3.0,i=3i 1"
+    others = [Point("n", {"f": 0.5})]
+    others += [Point("m", {"i": 1, name: 0.5}) for name in ("i", "b", "s", "new")]
+    for point in others:
+        assert encode(point) is None
+    assert rare == others
+    with pytest.raises(TypeError, match="expected types in a dict, or None"):
+        _speedups.encoder({}, b"", 1, None, None, refuse, refuse, [])
+
+
 @pytest.mark.parametrize("doubles", [False, True], ids=["points", "doubles"])
 @pytest.mark.parametrize(
     "portions",
