@@ -40,6 +40,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 #: Iterable, and yet each is one point or a mistake.
 _NOT_MANY = (Mapping, Point, str, bytes)
 _KEYS = ("measurement", "fields", "tags", "time")
+#: The option ``api`` of a server that has numbers alone, and so no types.
+_VICTORIA = ("victoria", "victoria-cluster")
 #: influxdb-client's words for the unit of a point's time, in nanoseconds.
 _UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
@@ -346,7 +348,13 @@ class Database(_Way):
     @property
     def learns_types(self) -> bool:
         """Whether its server may be asked for the types of fields."""
-        return bool(self._enabled and self.options.field_types and self.options.http_port)
+        options = self.options
+        return bool(
+            self._enabled
+            and options.field_types
+            and options.http_port
+            and options.api not in _VICTORIA
+        )
 
     def learn_types(self) -> None:
         """Ask the server for the types of its fields: in a thread, for it may be slow."""
@@ -653,7 +661,7 @@ def _parts_at_newlines(options: DatabaseOptions) -> bool:
     https://github.com/influxdata/telegraf/tree/master/plugins/inputs/socket_listener); QuestDB
     hangs up (https://questdb.com/docs/ingestion/ilp/columnset-types/).
     """
-    return options.transport == "tcp" or options.api in ("victoria", "victoria-cluster")
+    return options.transport == "tcp" or options.api in _VICTORIA
 
 
 def _without_newlines(encode: Callable[[Point], bytes]) -> Callable[[Point], bytes]:

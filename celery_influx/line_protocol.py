@@ -177,6 +177,7 @@ def make_encode(  # noqa: PLR0915 - see its docstring
     find_name = names.get
     find_types = types.known.get if types else None
     escapes, lowest, highest = _STRING_ESCAPES, MIN_INT, MAX_INT
+    first_tick, last_tick = -(-MIN_TIME // unit), MAX_TIME // unit
     try:
         constant_text = "".join(map(_plain_tag, constant.items()))
     except _RareError:
@@ -201,7 +202,7 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         if type(tags) is not dict:
             raise _RareError
         tags = tags.copy()  # one state of it, whatever other threads do
-        known = (measurement, *tags.items())
+        known = (measurement, *tags.values(), *tags)
         seen, all_str = len(pairs), True
         if constant:
             if tags.keys().isdisjoint(constant):
@@ -232,7 +233,9 @@ def make_encode(  # noqa: PLR0915 - see its docstring
             measurement, fields, tags, timestamp = point
             if type(fields) is not dict:
                 raise _RareError
-            line = find_series((measurement, *tags.items())) if type(tags) is dict else None
+            line = None
+            if type(tags) is dict:
+                line = find_series((measurement, *tags.values(), *tags))
             if line is None:
                 line = series_of(measurement, tags)
             known = find_types(measurement) if find_types else None
@@ -269,17 +272,16 @@ def make_encode(  # noqa: PLR0915 - see its docstring
                 comma = ","
             if not comma:
                 raise _RareError
+            encoded = line.encode()  # before the clock is asked: it may fail
             if timestamp is None and clock is not None:
                 timestamp = clock()
-            if timestamp is None:
-                encoded = line.encode()
-            elif type(timestamp) is int:
+            if type(timestamp) is int:
                 if unit != 1:
                     timestamp //= unit
-                if not MIN_TIME <= timestamp * unit <= MAX_TIME:
+                if not first_tick <= timestamp <= last_tick:
                     raise _RareError
-                encoded = f"{line} {timestamp}".encode()
-            else:
+                encoded = b"%b %d" % (encoded, timestamp)
+            elif timestamp is not None:
                 raise _RareError
             if len(encoded) > MAX_KEY_LENGTH:
                 raise _RareError
