@@ -34,7 +34,7 @@ if not (importlib.util.find_spec("celery_influx._speedups") or os.environ.get("C
     )
 
 from celery_influx import _speedups  # noqa: E402 - as late as it may be
-from tests.differential import Wild, differ, differ_in_floats  # noqa: E402
+from tests.differential import SETTINGS, Pair, Wild, Word, differ, differ_in_floats  # noqa: E402
 
 POINT = Point("cpu load", {"a": 1.25, "b": 3, "c": 'x"y', "d": True}, {"host": "h,1"}, 17)
 
@@ -108,6 +108,13 @@ def test_no_difference(doubles: bool, portions: int) -> None:
             pool.map(work, [100_000 if portions > 1 else 5_000] * portions, range(portions))
         )
     print(f"{tried:,} tried")
+
+
+def test_a_name_that_no_line_can_have_takes_no_stamp_whatever_was_encoded_before() -> None:
+    """Of ten million points one had asked Python's clock once more than C's."""
+    pair = Pair(SETTINGS[1])
+    pair.check(Point("m", {"a": 1}))
+    pair.check(Point("m", {Word("a"): 1, "\ud800": 1}))
 
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
