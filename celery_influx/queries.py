@@ -318,8 +318,49 @@ def count_statements(statement: str) -> int:
     return sum(1 for _ in _statements(statement))
 
 
+def limited(pieces: Iterable[bytes], most_rows: int, most_bytes: int) -> Iterator[bytes]:
+    """``pieces`` of an answer, as long as they keep within its limits.
+
+    Rows are counted before anything is made of them: as Python's values they are many times as
+    long. ``],[`` parts them in influxd's JSON; of other JSON ``parse_answer`` counts them.
+
+    Raises:
+        QueryError: They do not; nothing further is taken from ``pieces``.
+    """
+    size = rows = 0
+    inside = False  # of a string, at the end of the last piece
+    rest = b""  # a backslash there
+    for piece in pieces:
+        size += len(piece)
+        if size > most_bytes:
+            raise _too_much(f"longer than {most_bytes:,} bytes", "query_bytes")
+        plain = (rest + piece).replace(rb"\\", b"").replace(rb"\"", b"")
+        rest = b"\\" if plain.endswith(b"\\") else b""
+        parts = plain.removesuffix(rest).split(b'"')
+        rows += b"".join(parts[inside::2]).count(b"],[")
+        inside ^= len(parts) % 2 == 0
+        if rows >= most_rows:
+            raise _too_many(most_rows)
+        yield piece
+
+
+def _too_many(rows: int) -> QueryError:
+    return _too_much(f"of more than {rows:,} rows", "query_rows")
+
+
+def _too_much(how: str, option: str) -> QueryError:
+    return QueryError(
+        f"the answer is {how}; ask for less, by LIMIT, a shorter time or GROUP BY time(…), or set "
+        f"{option!r} higher"
+    )
+
+
 def parse_answer(
-    documents: Iterable[Any], *, chunked: bool = False, statements: int = 0
+    documents: Iterable[Any],
+    *,
+    chunked: bool = False,
+    statements: int = 0,
+    most_rows: int | None = None,
 ) -> QueryResult:
     """The result that the JSON documents of one answer make up.
 
@@ -329,9 +370,11 @@ def parse_answer(
             last document of a statement.
         statements: How many were asked. At its row limit InfluxDB leaves out the statements
             that follow without a word: fewer results than this are ``partial``.
+        most_rows: How many may be in all series together.
 
     Raises:
-        QueryError: The server's words, for an error at the top or in any statement's result.
+        QueryError: The server's words, for an error at the top or in any statement's result; or
+            there are more rows.
     """
     series: list[Series] = []
     messages: list[str] = []
@@ -367,6 +410,8 @@ def parse_answer(
     except (AttributeError, TypeError):
         pass
     else:
+        if most_rows is not None and sum(len(found.values) for found in series) > most_rows:
+            raise _too_many(most_rows)
         return QueryResult(series, any(partial.values()) or len(partial) < statements, messages)
     raise QueryError(
         'the answer is JSON, but not of the shape that InfluxDB gives; expected {"results": […]}; '
