@@ -7,6 +7,7 @@ secret is at hand, for there are tools that show what each function held.
 
 from __future__ import annotations
 
+import json
 import os
 from base64 import b64encode
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 65_536
 #: Secrets that are remembered, to be masked: the server may still speak of the last one.
-_REMEMBERED = 8
+_REMEMBERED = 16
 
 
 class _Fault(str):
@@ -96,7 +97,7 @@ class Credentials:
 
     def _mask(self, *secrets: str) -> None:
         """Have them masked from now on, the long ones first: a short one may be a part of them."""
-        found = {each for secret in secrets for each in (secret, quote(secret, safe="")) if each}
+        found = {form for secret in secrets for form in _forms(secret) if secret}
         kept = [*found, *(each for each in self._masked if each not in found)][:_REMEMBERED]
         self._masked = tuple(sorted(kept, key=len, reverse=True))
 
@@ -118,6 +119,12 @@ class Credentials:
 
     def __repr__(self) -> str:
         return f"<Credentials {self.kind}>"
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    """How it may stand in URLs and in JSON, too."""
+    escaped = (json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+    return secret, quote(secret), quote(secret, safe=""), *escaped
 
 
 def _secret(options: DatabaseOptions, name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.queries import quote_ident, quote_string, require_read_only
 from celery_influx.transports.http import HTTPClient
-from tests.servers import Influxd, VictoriaMetrics, find
+from tests.certificates import make
+from tests.servers import Influxd, VictoriaMetrics
 from tests.test_queries import READING, UNREADABLE, WRITING
 
 pytestmark = pytest.mark.once
@@ -536,34 +536,10 @@ def test_a_body_that_is_too_large_is_a_413(limited: Influxd) -> None:
 # -- credentials and TLS -------------------------------------------------------------------------
 
 
-def _openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(
-        [find("openssl"), *arguments], cwd=folder, check=True, capture_output=True, timeout=60
-    )
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ca.pem, and server.pem and server.key for 127.0.0.1."""
-    folder = tmp_path_factory.mktemp("certificates")
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    (folder / "extensions").write_text(
-        "basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\n"
-        "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
-    )
-    _openssl(
-        folder, "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2",
-        "-subj", "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign",
-    )  # fmt: skip
-    _openssl(
-        folder, "req", "-new", *key, "-keyout", "server.key", "-out", "server.csr",
-        "-subj", "/CN=127.0.0.1",
-    )  # fmt: skip
-    _openssl(
-        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-        "-CAcreateserial", "-out", "server.pem", "-days", "2", "-extfile", "extensions",
-    )  # fmt: skip
-    return folder
+    return make(tmp_path_factory.mktemp("certificates"))
 
 
 Secured = Callable[..., HTTPClient]
