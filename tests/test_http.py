@@ -381,6 +381,11 @@ def test_http_timeout_is_the_timeout_where_none_is_given() -> None:
             HTTPClient(options).write(b"m f=1")
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**400])
+def test_a_timeout_of_for_ever_is_a_long_one(stub: Stub, timeout: float) -> None:
+    assert stub.client().ping(timeout).version is None
+
+
 def test_something_else_than_http_is_a_connection_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 

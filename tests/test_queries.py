@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -259,6 +262,31 @@ def test_a_quoted_string_has_its_specials_escaped() -> None:
 @given(st.text(alphabet=st.characters(exclude_characters="\0\r", exclude_categories=["Cs"])))
 def test_a_quoted_text_stays_one_token(text: str) -> None:
     require_read_only(f"SELECT {quote_ident(text)} FROM m WHERE t = {quote_string(text)} / 2")
+
+
+def test_no_text_of_a_query_is_made_of_what_is_not_quoted() -> None:
+    """In the package, the example and the benchmarks: values are bound, names bound or quoted."""
+    root = Path(__file__).parent.parent
+    texts = re.compile(r"\s*(SELECT|SHOW|EXPLAIN|CREATE|DROP|DELETE|ALTER|GRANT|REVOKE|KILL|SET) ")
+    folders = ("celery_influx", "example_project", "benchmarks")
+    made = [
+        (f"{path.name}:{node.lineno}", node.values)
+        for folder in folders
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr)
+        and texts.match(str(getattr(node.values[0], "value", "")))
+    ]
+    wrong = [
+        place
+        for place, parts in made
+        for part in parts
+        if isinstance(part, ast.FormattedValue)
+        and not ast.unparse(part.value).startswith("quote_ident(")
+    ]
+
+    assert len(made) >= 4
+    assert wrong == []
 
 
 def test_parameters_are_bound_with_their_types() -> None:

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _WORDS = 500
 _LONGEST_GET = 8_000
+_LONGEST_TIMEOUT = 10**6
 _MEND = {
     "401": "set 'username' and 'password', or 'token', to what the server knows",
     "403": "give the user the right to do this",
@@ -361,6 +362,7 @@ class HTTPClient:
         seconds = self._options.http_timeout if timeout is None else timeout
         if not isinstance(seconds, (int, float)) or not seconds > 0:
             raise QueryError(f"timeout: expected seconds greater than 0, got {seconds!r:.80}")
+        seconds = min(seconds, _LONGEST_TIMEOUT)  # who asks for ever would get an OverflowError
         attempt = functools.partial(
             self._attempt, method, path, seconds, params=params, data=data, headers=headers
         )
