@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.table import Table, ratios, rotated, verdict
 from celery_influx import Database, Point, encode
 from celery_influx.options import DatabaseOptions
+from celery_influx.queries import quote_ident
 from tests.servers import Influxd
 
 VARIANTS = {"HTTP": {}, "HTTP, gzip": {"gzip": True}}
@@ -62,11 +63,11 @@ def run(rounds: int = 5, size: int = 500_000) -> None:
                     seconds, cpu = _send(database, portions)
                 rates[name].append(size / seconds)
                 costs[name].append(cpu / size * 1e6)
-                stored = database.query(f'SELECT count(runtime) FROM "{measurement}"')
+                stored = database.query(f"SELECT count(runtime) FROM {quote_ident(measurement)}")
                 count = stored.series[0].values[0][1] if stored.series else 0
                 if count != size:
                     raise RuntimeError(f"{name}: {count:,} of {size:,} points are stored")
-                database.post(f'DROP MEASUREMENT "{measurement}"')
+                database.post(f"DROP MEASUREMENT {quote_ident(measurement)}")
     rate = Table("influxd over HTTP, one connection: rate", "points/s", "this / HTTP")
     cost = Table("influxd over HTTP: CPU of a line, our side", "µs", "this / HTTP")
     for name in names:

@@ -16,6 +16,7 @@ from benchmarks.influxd import PORTION, _lines
 from benchmarks.table import Table, verdict
 from celery_influx import Database, Point
 from celery_influx.options import DatabaseOptions
+from celery_influx.queries import quote_ident
 from tests.servers import Influxd
 
 RATES = (50_000, 100_000, 200_000, 300_000)
@@ -50,7 +51,7 @@ def run(rounds: int = 5, size: int = SECONDS) -> None:
                 spent[rate].append(rate * size / seconds)
                 count = _count(database, measurement)
                 stored[rate].append(count / (rate * size) * 100)
-                database.post(f'DROP MEASUREMENT "{measurement}"')
+                database.post(f"DROP MEASUREMENT {quote_ident(measurement)}")
     table = Table("influxd by UDP: stored of what was sent", "%", "")
     for rate in RATES:
         table.add(f"{rate:,} points/s for {size} s", stored[rate])
@@ -81,7 +82,7 @@ def _count(database: Database, measurement: str) -> int:
     count, until = -1, time.monotonic() + 60
     while time.monotonic() < until:
         time.sleep(1)
-        found = database.query(f'SELECT count(runtime) FROM "{measurement}"')
+        found = database.query(f"SELECT count(runtime) FROM {quote_ident(measurement)}")
         now = found.series[0].values[0][1] if found.series else 0
         if now == count:
             break

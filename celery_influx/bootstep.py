@@ -173,6 +173,12 @@ def _probe(database: Database) -> None:
     try:
         database.ping()
     except SendError as error:
+        if error.cause == "secret":
+            waiting = "points wait" if options.transport == "http" else "query and post fail"
+            logger.warning(
+                "celery_influx: %s: %s; %s until there is one", database.name, error, waiting
+            )
+            return
         logger.warning(
             "celery_influx: %s: no answer to a ping (%s)%s",
             database.name,

@@ -51,7 +51,7 @@ _TOO_LONG = ("413", "EMSGSIZE")
 #: By the cause of a ``SendError``: an HTTP status, or a word of the transport's.
 _FATES = {
     **dict.fromkeys(("408", "425", "429"), Fate.BUSY),
-    **dict.fromkeys(("401", "403", "404", "tls"), Fate.ACCESS),
+    **dict.fromkeys(("401", "403", "404", "tls", "secret"), Fate.ACCESS),
     **dict.fromkeys(("400", "422", *_TOO_LONG), Fate.SPLIT),
     "conflict": Fate.AGAIN,
 }

@@ -115,13 +115,28 @@ class DatabaseOptions:
     )
     secure: bool = option(
         False,
-        "Use HTTPS. The certificate is always verified.",
+        "Use HTTPS. The certificate is verified, unless `insecure` says otherwise.",
         ex_flux="`secure?` | false | Same.",
     )
     ca_file: str | None = option(
         None,
         "File of certificates to trust instead of the system's, for HTTPS.",
         kind=str,
+    )
+    client_certificate: str | None = option(
+        None,
+        "File of the certificate by which the server knows this client, for HTTPS.",
+        kind=str,
+    )
+    client_key: str | None = option(
+        None,
+        "File of that certificate's key, without a passphrase. Default: it is in the same file.",
+        kind=str,
+    )
+    insecure: bool = option(
+        False,
+        "Trust any certificate: who stands in between reads and changes all, the password too. "
+        "The log warns of it.",
     )
     database: str = option(
         "",
@@ -157,10 +172,35 @@ class DatabaseOptions:
         secret=True,
         ex_flux="`auth` | none | See `username`.",
     )
+    password_file: str | None = option(
+        None,
+        "File that the password is read from: when a connection is opened, and again when the "
+        "server refuses it. A newline at its end is not part of it.",
+        kind=str,
+        secret=True,
+    )
+    password_env: str | None = option(
+        None,
+        "Name of the environment variable that holds the password.",
+        kind=str,
+        secret=True,
+    )
     token: str | None = option(
         None,
         "Token for HTTP (`Authorization: Token …`, and `Bearer …` for InfluxDB 3.x), instead of "
         "username and password.",
+        kind=str,
+        secret=True,
+    )
+    token_file: str | None = option(
+        None,
+        "File that the token is read from, as `password_file`.",
+        kind=str,
+        secret=True,
+    )
+    token_env: str | None = option(
+        None,
+        "Name of the environment variable that holds the token.",
         kind=str,
         secret=True,
     )
@@ -251,7 +291,8 @@ class DatabaseOptions:
     )
     http_timeout: float = option(
         5.0,
-        "Longest wait for a connection, and again for an answer; over TCP, for room to send.",
+        "Longest wait for a connection, again for the head of an answer, and for each piece of "
+        "the rest, which takes ten times as long at most; over TCP, for room to send.",
         unit="s",
         above=0,
         at_most=600,
@@ -297,6 +338,20 @@ class DatabaseOptions:
         "Wait with each batch until the disk has it: then a loss of power loses no more than a "
         "killed process does.",
     )
+    query_rows: int = option(
+        100_000,
+        "Most rows in the answer to `query` or `post`; one with more is an error.",
+        at_least=1,
+        at_most=1_000_000_000,
+    )
+    query_bytes: int = option(
+        33_554_432,
+        "Longest answer to `query` or `post`, unpacked. As Python's values it takes up to twenty "
+        "times as much memory.",
+        unit="bytes",
+        at_least=1_024,
+        at_most=1_000_000_000_000,
+    )
     gzip: bool = option(
         False,
         "Compress what is sent over HTTP: an eighth of the bytes, for twice the CPU time. For "
@@ -304,6 +359,8 @@ class DatabaseOptions:
     )
 
 
+#: Each may be given by the option of its name, or by that with ``_file`` or ``_env``.
+_SECRETS = ("token", "password")
 #: Bytes of the path of a socket in the file system: Linux has room for 107.
 _LONGEST_PATH = 107
 #: A URL's scheme to the transport, and to the option that its port is.
@@ -443,13 +500,21 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
             f"{where}['tenant']: expected numbers as in '7' or '7:2', or 'multitenant', "
             f"got {_shown(tenant)}"
         )
-    if values.get("token") and (values.get("username") or values.get("password")):
+    token, password = (_sources(values, secret, where, mistakes) for secret in _SECRETS)
+    if token and (values.get("username") or password):
         mistakes.append(
             f"{where}: both a token and a username or password; expected one of the two"
         )
-    if bool(values.get("username")) != bool(values.get("password")):
+    if bool(values.get("username")) != bool(password):
         missing = "password" if values.get("username") else "username"
         mistakes.append(f"{where}: {missing!r} is missing; basic authentication needs both")
+    if values.get("insecure") and values.get("ca_file"):
+        mistakes.append(
+            f"{where}: both 'insecure' and 'ca_file'; expected one of the two: trust any "
+            "certificate, or those that this file signed"
+        )
+    if values.get("client_key") and not values.get("client_certificate"):
+        mistakes.append(f"{where}: 'client_certificate' is missing; 'client_key' belongs to it")
     values["name"] = name
     values["database"] = values.get("database") or name
     return DatabaseOptions(**values)
@@ -472,6 +537,17 @@ def _spool_mistakes(values: Mapping[str, Any], where: str) -> Iterator[str]:
             f"{where}['spool_bytes']: expected room for two batches, {smallest} bytes with this "
             f"'batch_bytes', got {values['spool_bytes']}"
         )
+
+
+def _sources(
+    values: Mapping[str, object], secret: str, where: str, mistakes: list[str]
+) -> list[str]:
+    """The options that say what ``secret`` is: one of three."""
+    given = [name for name in (secret, f"{secret}_file", f"{secret}_env") if values.get(name)]
+    if len(given) > 1:
+        named = " and ".join(map(repr, given))
+        mistakes.append(f"{where}: {named} are given; expected one of them")
+    return given
 
 
 def _is_socket_path(path: str | None) -> bool:

@@ -318,8 +318,54 @@ def count_statements(statement: str) -> int:
     return sum(1 for _ in _statements(statement))
 
 
+def require_rows(result: QueryResult, most: int) -> None:
+    """Raise QueryError where all series of a result together have more than so many rows."""
+    if sum(len(found.values) for found in result.series) > most:
+        raise _too_many(most)
+
+
+def limited(pieces: Iterable[bytes], most_rows: int, most_bytes: int) -> Iterator[bytes]:
+    """``pieces`` of an answer, as long as they keep within its limits.
+
+    Rows are counted before anything is made of them: as Python's values they are many times as
+    long. ``],[`` parts them in influxd's JSON; of other JSON ``parse_answer`` counts them.
+
+    Raises:
+        QueryError: They do not; nothing further is taken from ``pieces``.
+    """
+    size = rows = 0
+    inside = False  # of a string, at the end of the last piece
+    rest = b""  # a backslash there
+    for piece in pieces:
+        size += len(piece)
+        if size > most_bytes:
+            raise _too_much(f"longer than {most_bytes:,} bytes", "query_bytes")
+        plain = (rest + piece).replace(rb"\\", b"").replace(rb"\"", b"")
+        rest = b"\\" if plain.endswith(b"\\") else b""
+        parts = plain.removesuffix(rest).split(b'"')
+        rows += b"".join(parts[inside::2]).count(b"],[")
+        inside ^= len(parts) % 2 == 0
+        if rows >= most_rows:
+            raise _too_many(most_rows)
+        yield piece
+
+
+def _too_many(rows: int) -> QueryError:
+    return _too_much(f"of more than {rows:,} rows", "query_rows")
+
+
+def _too_much(how: str, option: str) -> QueryError:
+    return QueryError(
+        f"the answer is {how}; ask for less, by LIMIT, a shorter time or GROUP BY time(…), or set "
+        f"{option!r} higher"
+    )
+
+
 def parse_answer(
-    documents: Iterable[Any], *, chunked: bool = False, statements: int = 0
+    documents: Iterable[Any],
+    *,
+    chunked: bool = False,
+    statements: int = 0,
 ) -> QueryResult:
     """The result that the JSON documents of one answer make up.
 

@@ -18,6 +18,7 @@ from kombu.utils.url import maybe_sanitize_url
 
 from celery_influx import Influx, InfluxError, QueryError
 from celery_influx.listener import Listener
+from celery_influx.queries import quote_ident
 from celery_influx.transports.udp import UDPPool
 from example_project.tables import Row
 
@@ -128,7 +129,7 @@ class InfluxDB:
         self.name = f"InfluxDB {self._influx.ping().version} at {self._influx.default.address}"
         if options.transport == "http":
             with contextlib.suppress(InfluxError):  # it may exist, and this user not be allowed to
-                self._influx.post(f'CREATE DATABASE "{options.database}"')
+                self._influx.post(f"CREATE DATABASE {quote_ident(options.database)}")
         else:
             UDPPool(options).write(b"example_project started=1i")
         until = time.monotonic() + FIRST_POINT
@@ -148,12 +149,13 @@ class InfluxDB:
 
     def rows(self, measurements: Iterable[str]) -> list[Row]:
         """What this run wrote."""
-        where = f"time >= {self._since} AND app = 'example_project'"
         return [
             {**row, "measurement": name}
             for name in measurements
             for row in self._influx.query(
-                f'SELECT * FROM "{name}" WHERE {where}', chunked=True
+                "SELECT * FROM $name WHERE time >= $since AND app = 'example_project'",
+                params={"name": {"identifier": name}, "since": self._since},
+                chunked=True,
             ).rows()
         ]
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import gzip
 import logging
 import os
 import socket
 import ssl
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -63,6 +66,10 @@ ELSEWHERE = {"options.py", "__init__.py", "listener.py", "cli.py", "server_setup
 TELLERS = {"_reason", "_blame", "why"}
 
 
+#: Of every database here that has one.
+SECRET = "hunter2"
+
+
 class Parts:
     """What the rows need: a server that gives odd answers, databases, clients, apps."""
 
@@ -75,7 +82,8 @@ class Parts:
 
     def database(self, **options: Any) -> Database:
         """One that is strict, and in which nothing is ever sent by UDP."""
-        given = {"name": "m", "host": "127.0.0.1", "http_port": self.stub.port, **options}
+        given = {"name": "m", "host": "127.0.0.1", "http_port": self.stub.port}
+        given |= {"username": "u", "password": SECRET, **options}
         return Database(DatabaseOptions(**given), strict=True)
 
     def plugin(self) -> Influx:
@@ -609,13 +617,16 @@ def answered(
     headers: dict[str, str] | None = None,
     error: type[Exception] = QueryError,
     api: str = "1",
+    query_rows: int = 10,
+    query_bytes: int = 10_000,
     **more: Any,
 ) -> Row:
     """Of a server that answers a query or the like, or a write, so."""
 
     def provoke(parts: Parts) -> None:
         parts.stub.answer = lambda handler: handler.reply(status, body, **(headers or {}))
-        database = parts.database(username="u", password="hunter2", api=api)
+        limits = {"query_rows": query_rows, "query_bytes": query_bytes}
+        database = parts.database(username="u", password="hunter2", api=api, **limits)
         if ask == "write":
             HTTPClient(database.options).write(b"m f=1")
         elif ask == "ping":
@@ -790,6 +801,50 @@ ANSWERS = [
 
 # -- servers that do not answer ----------------------------------------------------------------
 
+FEWER = "ask for less, by LIMIT, a shorter time or GROUP BY time(…), or set"
+TOO_LONG = [
+    *(
+        answered("query", 200, body, text, query_rows=2, query_bytes=1_024, **chunked)
+        for chunked in ({}, {"chunked": True})
+        for body, text in (
+            (
+                b'{"results":[{"series":[{"values":[[1],[2],[3]]}]}]}',
+                f"the answer is of more than 2 rows; {FEWER} 'query_rows' higher",
+            ),
+            # No server that is known writes JSON so.
+            (
+                b'{"results":[{"series":[{"values":[[1] , [2] , [3]]}]}]}',
+                f"the answer is of more than 2 rows; {FEWER} 'query_rows' higher",
+            ),
+            (
+                b" " * 1_025,
+                f"the answer is longer than 1,024 bytes; {FEWER} 'query_bytes' higher",
+            ),
+        )
+    ),
+    # What cannot be unpacked.
+    *(
+        answered(
+            "query",
+            200,
+            body,
+            f"{HOME}: the answer cannot be unpacked: {why} (connection); is a proxy in between "
+            "that packs by itself?",
+            headers={"Content_Encoding": kind},
+            error=SendError,
+        )
+        for body, kind, why in (
+            (b"{}", "br", "'br' was not asked for"),
+            (gzip.compress(b"{}")[:-1], "gzip", "its end is missing"),
+            (
+                b"{}" * 9,
+                "gzip",
+                "Error -3 while decompressing data: incorrect header check",
+            ),
+        )
+    ),
+]
+
 REACH = "is the server running, and are 'host' and 'http_port' right?"
 SECURE = HOME.replace("http:", "https:")
 
@@ -845,6 +900,43 @@ def _not_trust_by_old_urllib3(parts: Parts) -> None:
     error = type("CertificateError", (ValueError,), {})("hostname 'a' doesn't match 'b'")
     with mock.patch("requests.Session.request", side_effect=error):
         parts.database(secure=True).ping()
+
+
+def _read_slowly(parts: Parts) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        parts.port = server.getsockname()[1]
+
+        def drip() -> None:
+            with contextlib.suppress(OSError), server.accept()[0] as connection:
+                while True:
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            parts.database(http_port=parts.port).ping(timeout=SHORT)
+        finally:
+            thread.join()
+
+
+def _use_a_key_with_a_passphrase(parts: Parts) -> None:
+    key = parts.folder / "encrypted.key"
+    key.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    parts.database(secure=True, client_certificate=str(key)).ping()
+
+
+def _read_secret(content: bytes | None, **options: Any) -> Callable[[Parts], object]:
+    """A token, from a file that holds ``content``, unless ``options`` say something else."""
+
+    def provoke(parts: Parts) -> None:
+        file = parts.folder / "token"
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        given = {"username": None, "password": None, **(options or {"token_file": str(file)})}
+        parts.database(**given).ping()
+
+    return provoke
 
 
 def _send(host: str, payload: bytes = b"m f=1", times: int = 1) -> Callable[[Parts], None]:
@@ -978,6 +1070,63 @@ UNANSWERED = [
         _be_hung_up_on,
     ),
     unanswered(
+        f"{HOME}: an answer came so slowly that it took more than {SHORT} s (timeout); is the "
+        "server overloaded, or 'http_timeout' too short?",
+        _read_slowly,
+    ),
+    *(
+        unanswered(
+            f"{HOME}: {why} (secret); expected a secret as the server knows it, that this process "
+            "may read",
+            _read_secret(content, **options),
+        )
+        for why, content, options in (
+            (
+                "the file that 'token_file' names cannot be read: no such file or directory",
+                None,
+                {},
+            ),
+            ("the file that 'token_file' names is empty", b"\n", {}),
+            ("the file that 'token_file' names holds no UTF-8 text", b"hunter2\xff", {}),
+            (
+                "the file that 'token_file' names is longer than 65,536 bytes",
+                SECRET.encode() * 9_999,
+                {},
+            ),
+            ("the token holds a newline or another control character", b"hunter2\n\n", {}),
+            (
+                "the token holds a newline or another control character",
+                None,
+                {"token": "hunter2\x7f"},
+            ),
+            (
+                "the environment variable that 'token_env' names is not set, or empty",
+                None,
+                {"token_env": SECRET},
+            ),
+            (
+                "the file that 'password_file' names cannot be read: no such file or directory",
+                None,
+                {"username": "u", "password_file": SECRET},
+            ),
+        )
+    ),
+    unanswered(
+        f"{SECURE}: client_key has a passphrase (tls); expected a file of a key without one",
+        _use_a_key_with_a_passphrase,
+    ),
+    *(
+        unanswered(
+            f"{SECURE}: {option} 'no/such.pem' cannot be read (tls); expected a file of PEM "
+            "certificates",
+            lambda parts, given=given: parts.database(secure=True, **given).ping(),
+        )
+        for option, given in (
+            ("client_certificate", {"client_certificate": "no/such.pem"}),
+            ("client_key", {"client_certificate": __file__, "client_key": "no/such.pem"}),
+        )
+    ),
+    unanswered(
         f"{SECURE}: ca_file 'no/such.pem' cannot be read (tls); expected a file of PEM "
         "certificates",
         lambda parts: parts.database(secure=True, ca_file="no/such.pem").ping(),
@@ -1068,13 +1217,14 @@ PLUGIN = [
 
 # -- all of them -------------------------------------------------------------------------------
 
-ROWS = [*POINTS, *LINES, *QUERIES, *ANSWERS, *UNANSWERED, *PLUGIN]
+ROWS = [*POINTS, *LINES, *QUERIES, *ANSWERS, *TOO_LONG, *UNANSWERED, *PLUGIN]
 
 
 class Told(NamedTuple):
     """What came of all the rows."""
 
     errors: list[tuple[Exception | None, str]]  # and the text that each should have
+    shown: list[str]  # of each, what logs and reporters make visible
     lines: set[tuple[str, int]]  # of the package's modules, that had a say in these texts
 
 
@@ -1110,10 +1260,29 @@ class Watch:
         }
 
 
+def _all_of(error: BaseException | None, *, locals_too: bool) -> Iterator[str]:
+    """An error as logs and reporters show it: its text, what is behind it, and our variables.
+
+    These hold a secret only where the server itself has said it.
+    """
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is None:
+            continue
+        yield from (str(each), repr(each), repr(each.args))
+        waiting += [each.__cause__, each.__context__]
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            if locals_too and frame.f_code.co_filename.startswith(f"{PACKAGE}/"):
+                for value in frame.f_locals.values():
+                    with contextlib.suppress(Exception):
+                        yield repr(value)
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """Every row provoked, once."""
-    found = Told([], set())
+    found = Told([], [], set())
     folder = tmp_path_factory.mktemp("rows")
     with serving() as stub:
         for row in ROWS:
@@ -1128,6 +1297,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
                 sys.settrace(before)
             text = row.text.replace("PORT", str(parts.port)).replace("WORDS", parts.words)
             found.errors.append((error, text))
+            found.shown.append("\n".join(_all_of(error, locals_too="***" not in text)))
             found.lines.update(watch.lines_behind(text))
     return found
 
@@ -1146,6 +1316,12 @@ def test_the_error_says_what_was_wrong_what_was_expected_and_what_to_do(
     if isinstance(error, (SendError, QueryError)):
         # Of requests' errors, which hold the URL, nothing is left.
         assert error.__context__ is None or text.startswith(("udp:", "tcp:", "unixgram:"))
+
+
+def test_no_error_shows_a_secret_nor_does_what_the_functions_behind_it_held(told: Told) -> None:
+    leaks = [ROWS[number].text for number, shown in enumerate(told.shown) if SECRET in shown]
+
+    assert leaks == []
 
 
 def _modules() -> list[str]:

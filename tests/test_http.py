@@ -26,6 +26,7 @@ from celery_influx.transports import answers, open_transport
 from celery_influx.transports import http as http_module
 from celery_influx.transports.http import HTTPClient, Ping
 from tests.servers import free_port
+from tests.test_queries import ATTACKS
 
 #: Long enough for a slow machine, short enough for a test that waits for it.
 SHORT = 0.3
@@ -380,6 +381,11 @@ def test_http_timeout_is_the_timeout_where_none_is_given() -> None:
             HTTPClient(options).write(b"m f=1")
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**400])
+def test_a_timeout_of_for_ever_is_a_long_one(stub: Stub, timeout: float) -> None:
+    assert stub.client().ping(timeout).version is None
+
+
 def test_something_else_than_http_is_a_connection_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -415,6 +421,46 @@ def test_a_write_names_database_precision_and_retention_policy(stub: Stub) -> No
     assert stub.asked[0].command == "POST"
     assert stub.asked[0].query == {"db": ["d/b"], "precision": ["u"], "rp": ["short"]}
     assert stub.asked[0].body == b"m f=1 5\nm f=2 6"
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("http://127.0.0.1:PORT/write", "http://127.0.0.1:PORT/write"),  # the same host
+        ("/write?db=m", "/write"),
+        ("//elsewhere.example/", "//elsewhere.example/"),
+        (
+            "https://u:hunter2@elsewhere.example/a?token=hunter2#hunter2",
+            "https://elsewhere.example/a",
+        ),
+        ("http://elsewhere.example/hunter2", "http://elsewhere.example/***"),
+        ("http://[", "no URL"),
+        ("", "nowhere"),
+    ],
+)
+def test_no_redirect_is_followed_and_the_error_says_where_it_points_to(
+    stub: Stub, status: int, location: str, shown: str
+) -> None:
+    stub.answer = _replying(status, b"", Location=location.replace("PORT", str(stub.port)))
+    client = stub.client(username="u", password="hunter2")
+    asks = [
+        client.ping,
+        lambda: client.write(b"m f=1"),
+        lambda: client.query("SHOW DATABASES"),
+        lambda: client.query(f"SELECT f FROM m WHERE t = '{'x' * 9_000}'"),  # by POST
+        lambda: client.post("DROP MEASUREMENT m"),
+    ]
+
+    for ask in asks:
+        with pytest.raises((SendError, QueryError)) as caught:
+            ask()
+        assert str(caught.value).endswith(
+            f", got {status}, which points to {shown.replace('PORT', str(stub.port))}; redirects "
+            "are not followed: set that URL"
+        )
+
+    assert len(stub.asked) == len(asks)
 
 
 def test_a_redirect_is_not_followed(stub: Stub) -> None:
@@ -603,6 +649,18 @@ def test_a_query_that_may_write_or_is_wrong_sends_nothing(
     with pytest.raises(QueryError):
         stub.client().query(statement, **options)
 
+    assert stub.asked == []
+
+
+def test_no_attack_is_sent(stub: Stub) -> None:
+    client = stub.client()
+
+    for statement in ATTACKS:
+        for more in ({}, {"chunked": True}, {"params": {"into": {"identifier": "stolen"}}}):
+            with pytest.raises(QueryError):
+                client.query(statement, **more)
+
+    assert len(ATTACKS) > 100
     assert stub.asked == []
 
 

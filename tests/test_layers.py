@@ -41,6 +41,8 @@ BANDS = {
     "celery_influx.transports.servers": IO,
     "celery_influx.transports.tcp": IO,
     "celery_influx.transports.unixgram": IO,
+    "celery_influx.transports.bounded": IO,
+    "celery_influx.transports.credentials": IO,
     "celery_influx.transports.answers": IO,
     "celery_influx.transports.http": IO,
     "celery_influx.report": IO,

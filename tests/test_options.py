@@ -28,13 +28,20 @@ TAKES = {
     "socket_path": "a string or None",
     "secure": "True or False",
     "ca_file": "a string or None",
+    "client_certificate": "a string or None",
+    "client_key": "a string or None",
+    "insecure": "True or False",
     "database": "a string",
     "api": "one of '1', '2', '3', 'victoria', 'victoria-cluster'",
     "tenant": "a string",
     "organization": "a string or None",
     "username": "a string or None",
     "password": "a string or None",
+    "password_file": "a string or None",
+    "password_env": "a string or None",
     "token": "a string or None",
+    "token_file": "a string or None",
+    "token_env": "a string or None",
     "retention_policy": "a string or None",
     "epoch": "one of 'ns', 'u', 'ms', 's', 'm', 'h'",
     "precision": "one of 'ns', 'u', 'ms', 's'",
@@ -54,6 +61,8 @@ TAKES = {
     "spool_bytes": "a whole number of bytes at least 65536 and at most 1000000000000000",
     "spool_mode": "one of 'failed', 'always'",
     "spool_fsync": "True or False",
+    "query_rows": "a whole number at least 1 and at most 1000000000",
+    "query_bytes": "a whole number of bytes at least 1024 and at most 1000000000000",
     "gzip": "True or False",
 }
 SETTING_TAKES = {
@@ -85,9 +94,12 @@ LIMITS: dict[str, tuple[list[float], list[float]]] = {
     "retry_age": ([-1, -0.001, 604_801], [0, 604_800]),
     "retry_tries": ([0, 1_000_001], [1, 1_000_000]),
     "spool_bytes": ([65_535, 10**15 + 1], [65_536, 10**15]),
+    "query_rows": ([0, 1_000_000_001], [1, 1_000_000_000]),
+    "query_bytes": ([1_023, 10**12 + 1], [1_024, 10**12]),
     "shutdown_timeout": ([-1, -0.001], [0, 10]),
 }
-SECRETS = {"password", "token"}
+#: Also where a secret is to be found: some would write the secret itself there.
+SECRETS = {f"{name}{place}" for name in ("password", "token") for place in ("", "_file", "_env")}
 
 #: Values of a wrong type for each type of option, and how an error shows them.
 WRONG: dict[type, list[tuple[object, str]]] = {
@@ -342,6 +354,56 @@ def test_token_and_password_together_are_refused() -> None:
     ]
 
 
+@pytest.mark.parametrize("secret", ["token", "password"])
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["", "_file"], "'S' and 'S_file'"),
+        (["", "_env"], "'S' and 'S_env'"),
+        (["_file", "_env"], "'S_file' and 'S_env'"),
+        (["", "_file", "_env"], "'S' and 'S_file' and 'S_env'"),
+    ],
+)
+def test_a_secret_has_one_source(secret: str, given: list[str], named: str) -> None:
+    entry = {f"{secret}{place}": "hunter2" for place in given}
+    entry |= {"username": "u"} if secret == "password" else {}
+
+    assert mistakes_of(entry) == [
+        f"influx_databases['m']: {named.replace('S', secret)} are given; expected one of them"
+    ]
+
+
+@pytest.mark.parametrize("place", ["_file", "_env"])
+def test_a_secret_from_elsewhere_is_as_good_as_one_that_is_given(place: str) -> None:
+    entry = {"username": "u", f"password{place}": "x"}
+
+    assert getattr(database(entry), f"password{place}") == "x"
+    assert getattr(database(f"https://u@h/d?password{place}=/x"), f"password{place}") == "/x"
+    assert mistakes_of({f"password{place}": "x"}) == [
+        "influx_databases['m']: 'username' is missing; basic authentication needs both"
+    ]
+    assert mistakes_of({**entry, f"token{place}": "x"}) == [
+        "influx_databases['m']: both a token and a username or password; expected one of the two"
+    ]
+
+
+def test_any_certificate_or_those_of_a_file_are_trusted_but_not_both() -> None:
+    assert database({"insecure": True}).insecure
+    assert mistakes_of({"insecure": True, "ca_file": "x"}) == [
+        (
+            "influx_databases['m']: both 'insecure' and 'ca_file'; expected one of the two: trust "
+            "any certificate, or those that this file signed"
+        )
+    ]
+
+
+def test_a_clients_key_belongs_to_a_certificate() -> None:
+    assert database({"client_certificate": "x"}).client_key is None
+    assert mistakes_of({"client_key": "x"}) == [
+        "influx_databases['m']: 'client_certificate' is missing; 'client_key' belongs to it"
+    ]
+
+
 @pytest.mark.parametrize(("given", "missing"), [("username", "password"), ("password", "username")])
 def test_half_of_basic_authentication_is_refused(given: str, missing: str) -> None:
     assert mistakes_of({given: "x"}) == [
@@ -508,6 +570,8 @@ def test_every_option_can_be_said_in_a_url() -> None:
     for field in DATABASE_FIELDS:
         if field.name in ("transport", "host", "username", "password", "secure"):
             continue
+        others = {"client_key": "&client_certificate=c"}  # what it does not go without
+        others |= dict.fromkeys(("password_file", "password_env"), "&username=u")
         value = {
             int: "10000000" if "spool" in field.name else "1024" if "bytes" in field.name else "7",
             float: "1.5",
@@ -515,7 +579,9 @@ def test_every_option_can_be_said_in_a_url() -> None:
             str: (field.metadata["choices"] or (words.get(field.name, "word"),))[-1],
         }[field.metadata["kind"]]
 
-        found = getattr(database(f"http://h?{field.name}={value}"), field.name)
+        found = getattr(
+            database(f"http://h?{field.name}={value}{others.get(field.name, '')}"), field.name
+        )
 
         assert found == field.metadata["kind"](value)
         assert type(found) is field.metadata["kind"]
@@ -788,6 +854,10 @@ def test_a_password_written_as_xx_arrives_whole(username: str, password: str) ->
 
 def test_no_secret_is_in_a_repr() -> None:
     options = load({"influx_databases": {"m": {"token": CORE}, "n": f"http://u:{CORE}@h"}})
+    for name in SECRETS - {"token"}:
+        assert CORE not in repr(
+            database({name: CORE, **({"username": "u"} if "p" in name else {})})
+        )
 
     assert CORE not in repr(options)
     assert CORE not in repr(options.databases["m"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -23,7 +26,7 @@ from celery_influx.queries import (
 )
 
 # The statements are tried on a real server as well, in integration/test_http_influxd.py: ``m``
-# has the field ``f`` and the tag ``t``; what gets through would write ``stolen``.
+# has the field ``f`` and the tag ``t``. That none is sent: test_http.py.
 
 #: These only read, and the server takes them.
 READING = [
@@ -60,40 +63,94 @@ READING = [
     "EXPLAIN ANALYZE SELECT f FROM m",
 ]
 
-#: Posted, each of these writes: points into ``stolen``, or it takes ``m`` away.
-WRITING = [
-    "SELECT f INTO stolen FROM m",
-    "select f into stolen from m",
-    "SELECT f\tInTo\nstolen FROM m",
-    "SELECT f /* x */ INTO stolen FROM m",
-    "SELECT f/* x */INTO/**/stolen FROM m",
-    "SELECT f --x\nINTO stolen FROM m",
-    "SELECT f --x\rINTO stolen FROM m",
-    "SELECT f -- '\n INTO stolen FROM m -- '",
-    "SELECT f INTO $into FROM m",
-    'SELECT f INTO autogen."stolen" FROM m',
-    'SELECT f INTO "stolen" FROM m WHERE t =~ /a/',
-    'SELECT f AS "\\"" INTO stolen FROM m',
-    "SELECT f FROM m; SELECT f INTO stolen FROM m",
-    "SELECT f FROM m WHERE t = '\\''; SELECT f INTO stolen FROM m --'",
-    "SELECT f FROM m WHERE t =~ /\\\\\\// ; SELECT f INTO stolen FROM m --/",
-    "SELECT f FROM m WHERE f > 1./2; SELECT f INTO stolen FROM m WHERE f > 1/2",
-    "SELECT f/* */FROM m; SELECT f INTO stolen FROM m --*/",
-    "DROP MEASUREMENT m",
-    ";DROP MEASUREMENT m",
-    "/**/drop/**/measurement m",
-    "SELECT f FROM m; DROP MEASUREMENT m",
-    "SELECT f FROM m --\n; DROP MEASUREMENT m",
-    "SELECT f FROM m WHERE t = 'x'; DROP MEASUREMENT m --'",
-    "SELECT f FROM m WHERE t =~ /x/; DROP MEASUREMENT m --/",
-    "DELETE FROM m",
-    "DROP SERIES FROM m",
-    # The end of a text for influxd's scanner, and yet it reads on behind it.
-    "SELECT f FROM m --\0; DROP MEASUREMENT m",
-    # Division where a scanner that takes the dot for a source's would see a regex.
-    "SELECT f./2 INTO stolen FROM m WHERE f > 1 / 3",
-    "SELECT m.f, f./2 INTO stolen FROM m WHERE f > 1 / 3",
-]
+STOLEN = "writes points into `stolen`"
+FEWER = "takes points of `m` away"
+#: What each of these does where it is posted.
+WRITING = {
+    **dict.fromkeys(
+        [
+            "SELECT f INTO stolen FROM m",
+            "select f into stolen from m",
+            "SELECT f\tInTo\nstolen FROM m",
+            "SELECT f /* x */ INTO stolen FROM m",
+            "SELECT f/* x */INTO/**/stolen FROM m",
+            "SELECT f --x\nINTO stolen FROM m",
+            "SELECT f --x\rINTO stolen FROM m",
+            "SELECT f -- '\n INTO stolen FROM m -- '",
+            "SELECT f INTO $into FROM m",
+            'SELECT f INTO autogen."stolen" FROM m',
+            "SELECT f INTO prey..stolen FROM m",
+            'SELECT f INTO "prey"."autogen"."stolen" FROM m',
+            'SELECT f INTO "stolen" FROM m WHERE t =~ /a/',
+            "SELECT * INTO stolen FROM /m/ GROUP BY *",
+            "SELECT mean(f) INTO stolen FROM (SELECT f FROM m)",
+            'SELECT f AS "\\"" INTO stolen FROM m',
+            'SELECT f AS "x INTO y" INTO stolen FROM m',
+            "SELECT f FROM m; SELECT f INTO stolen FROM m",
+            "SHOW DATABASES;;;SELECT f INTO stolen FROM m",
+            "SELECT f FROM m WHERE t = '\\''; SELECT f INTO stolen FROM m --'",
+            "SELECT f FROM m WHERE t =~ /\\\\\\// ; SELECT f INTO stolen FROM m --/",
+            "SELECT f FROM m WHERE f > 1./2; SELECT f INTO stolen FROM m WHERE f > 1/2",
+            "SELECT f/* */FROM m; SELECT f INTO stolen FROM m --*/",
+            # Division where a scanner that takes the dot for a source's would see a regex.
+            "SELECT f./2 INTO stolen FROM m WHERE f > 1 / 3",
+            "SELECT m.f, f./2 INTO stolen FROM m WHERE f > 1 / 3",
+        ],
+        STOLEN,
+    ),
+    **dict.fromkeys(
+        [
+            "DROP MEASUREMENT m",
+            ";DROP MEASUREMENT m",
+            "\t\r\nDROP\tMEASUREMENT\r\nm",
+            "-- SELECT\nDROP MEASUREMENT m",
+            # influxd takes white space of all kinds off both ends, and only there.
+            "\x0cDROP MEASUREMENT m",
+            "\x85\u2003\xa0DROP MEASUREMENT m\u2028",
+            "/**/drop/**/measurement m",
+            "SELECT f FROM m; DROP MEASUREMENT m",
+            "EXPLAIN SELECT f FROM m; DROP MEASUREMENT m",
+            "SELECT f FROM m --\n; DROP MEASUREMENT m",
+            "SELECT f FROM m WHERE t = 'x'; DROP MEASUREMENT m --'",
+            "SELECT f FROM m WHERE t = '\\\\'; DROP MEASUREMENT m --'",
+            'SELECT f AS "\\\\" FROM m; DROP MEASUREMENT m --"',
+            "SELECT f FROM m WHERE t =~ /x/; DROP MEASUREMENT m --/",
+            "DELETE FROM m",
+            "DELETE FROM m WHERE t = 'a'",
+            "DELETE WHERE t = 'a'",
+            "SHOW MEASUREMENTS; delete from m where time < now()",
+            "DROP SERIES FROM m",
+            "DROP SERIES WHERE t = 'a'",
+            # The end of a text for influxd's scanner, and yet it reads on behind it.
+            "SELECT f FROM m --\0; DROP MEASUREMENT m",
+        ],
+        FEWER,
+    ),
+}
+
+#: One after the other, and what each changes; an empty word: nothing that the server shows.
+ADMINISTERING = [
+    ("CREATE DATABASE attacked", "DATABASES"),
+    ("create user mallory with password 'x' with all privileges", "USERS"),
+    ("REVOKE ALL PRIVILEGES FROM mallory", "USERS"),
+    ("GRANT ALL PRIVILEGES TO mallory", "USERS"),
+    ("GRANT/**/READ ON prey TO mallory", "GRANTS FOR mallory"),
+    ("SHOW USERS; REVOKE READ ON prey FROM mallory", "GRANTS FOR mallory"),
+    ("SET PASSWORD FOR mallory = 'y'", ""),
+    ("DROP USER mallory", "USERS"),
+    ("CREATE RETENTION POLICY p ON attacked DURATION 1h REPLICATION 1", "RETENTION POLICIES ON attacked"),
+    ("ALTER RETENTION POLICY p ON attacked DURATION 2h", "RETENTION POLICIES ON attacked"),
+    ("DROP RETENTION POLICY p ON attacked", "RETENTION POLICIES ON attacked"),
+    (
+        "CREATE CONTINUOUS QUERY c ON attacked BEGIN SELECT mean(f) INTO s FROM m GROUP BY time(1h) END",
+        "CONTINUOUS QUERIES",
+    ),
+    ("DROP CONTINUOUS QUERY c ON attacked", "CONTINUOUS QUERIES"),
+    ("CREATE SUBSCRIPTION s ON attacked.autogen DESTINATIONS ALL 'udp://127.0.0.1:9'", "SUBSCRIPTIONS"),
+    ("DROP SUBSCRIPTION s ON attacked.autogen", "SUBSCRIPTIONS"),
+    ("DROP SHARD 99999", ""),
+    ("SHOW DATABASES -- \n;DROP DATABASE attacked", "DATABASES"),
+]  # fmt: skip
 
 #: The server refuses these, or they do nothing; whether they read cannot be told for sure.
 UNREADABLE = [
@@ -121,6 +178,24 @@ UNREADABLE = [
     "SELECT f FROM m\ud800",
     "WITH x",
     "$x f FROM m",
+    "KILL QUERY 99999",
+    "SELECT f FROM m /* /* */; DROP MEASUREMENT m -- */",
+    # Characters that look like others.
+    "\uff24\uff32\uff2f\uff30 MEASUREMENT m",
+    "DR\u041eP MEASUREMENT m",
+    "\u212aILL QUERY 1",
+    "SELECT f \u0130NTO stolen FROM m",
+    "SELECT f IN\u200dTO stolen FROM m",
+    "SELECT f\u200bINTO stolen FROM m",
+    "SELECT f\u2028INTO stolen FROM m",
+    "SELECT f\x0bINTO stolen FROM m",
+    "SELECT f\x85INTO stolen FROM m",
+    "\u202eSELECT f FROM m",
+    "SELECT f FROM m\u037e DROP MEASUREMENT m",
+    "SELECT f FROM m\uff1b DROP MEASUREMENT m",
+    "SELECT f FROM m WHERE t = \u2018a\u2019; DROP MEASUREMENT m",
+    "SELECT f FROM m\x1a; DROP MEASUREMENT m",
+    "SELECT f FROM m /\u2217 \u2217/; DROP MEASUREMENT m",
     '"SHOW" DATABASES',
     'SHOW"x" DATABASES',
 ]
@@ -131,7 +206,11 @@ def test_a_statement_that_only_reads_passes(statement: str) -> None:
     require_read_only(statement)
 
 
-@pytest.mark.parametrize("statement", [*WRITING, *UNREADABLE])
+#: More than a hundred.
+ATTACKS = [*WRITING, *UNREADABLE, *(statement for statement, _ in ADMINISTERING)]
+
+
+@pytest.mark.parametrize("statement", ATTACKS)
 def test_a_statement_that_writes_or_cannot_be_read_for_sure_is_refused(statement: str) -> None:
     with pytest.raises(QueryError, match="to change data use post"):
         require_read_only(statement)
@@ -183,6 +262,36 @@ def test_a_quoted_string_has_its_specials_escaped() -> None:
 @given(st.text(alphabet=st.characters(exclude_characters="\0\r", exclude_categories=["Cs"])))
 def test_a_quoted_text_stays_one_token(text: str) -> None:
     require_read_only(f"SELECT {quote_ident(text)} FROM m WHERE t = {quote_string(text)} / 2")
+
+
+def test_no_text_of_a_query_is_made_of_what_is_not_quoted() -> None:
+    """In the package, the example and the benchmarks: values are bound, names bound or quoted.
+
+    But for ``celery influx setup``, whose statements take no bound values: test_cli has hostile names
+    for it, and durations that are none.
+    """
+    root = Path(__file__).parent.parent
+    texts = re.compile(r"\s*(SELECT|SHOW|EXPLAIN|CREATE|DROP|DELETE|ALTER|GRANT|REVOKE|KILL|SET) ")
+    folders = ("celery_influx", "example_project", "benchmarks")
+    made = [
+        (f"{path.name}:{node.lineno}", node.values)
+        for folder in folders
+        for path in (root / folder).rglob("*.py")
+        if path.name != "server_setup.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr)
+        and texts.match(str(getattr(node.values[0], "value", "")))
+    ]
+    wrong = [
+        place
+        for place, parts in made
+        for part in parts
+        if isinstance(part, ast.FormattedValue)
+        and not ast.unparse(part.value).startswith("quote_ident(")
+    ]
+
+    assert len(made) >= 4
+    assert wrong == []
 
 
 def test_parameters_are_bound_with_their_types() -> None:

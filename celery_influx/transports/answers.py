@@ -11,7 +11,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from celery_influx.errors import SendError
 from celery_influx.line_reader import split_lines
 from celery_influx.queries import parse_json
+from celery_influx.transports.bounded import LONGEST, TooSlowError, allow
 
 if TYPE_CHECKING:
     import requests
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
 
 #: Seconds: a server that asks for longer asks for ever.
 _LONGEST_WISH = 10**9
+#: Bytes of a body that are read, or unpacked, at a time.
+_PIECE = 65_536
 _UNPARSABLE = "unable to parse '"
-_DROPPED = re.compile(r"dropped=(\d+)\s*$")
+_DROPPED = re.compile(r"dropped=(\d{1,9})\s*$")
+#: Quotes of lines that were not sent: from so many on, no more lines are looked for.
+_STRANGE_QUOTES = 16
 
 
 class Answer:
@@ -72,6 +78,11 @@ class Answer:
         return value
 
     @property
+    def credentials(self) -> str:
+        """What was sent by the header ``Authorization``."""
+        return str(self._response.request.headers.get("Authorization", ""))
+
+    @property
     def is_its_own(self) -> bool:
         """Whether the server itself answered, rather than something in front of it.
 
@@ -86,29 +97,6 @@ class Answer:
     def finish(self) -> None:
         """Read a body that should be empty, so that the connection can be used again."""
         self._read(limit=65_536)
-
-    def text(self) -> str:
-        """The whole body.
-
-        Raises:
-            SendError: It ended too soon, or stalled.
-        """
-        return b"".join(self._pieces()).decode("utf-8", "replace")
-
-    def lines(self) -> Iterator[str]:
-        """The lines of the body as they come: a chunk each, whose own newlines JSON escapes.
-
-        Raises:
-            SendError: It ended too soon, or stalled.
-        """
-        rest = bytearray()
-        for piece in self._pieces():
-            rest += piece
-            if b"\n" in piece:
-                *lines, rest = rest.split(b"\n")
-                yield from (line.decode("utf-8", "replace") for line in lines if line.strip())
-        if rest.strip():
-            yield rest.decode("utf-8", "replace")
 
     def words(self, limit: int = 65_536) -> str:
         """What an error says: the text in its JSON, or its body; of ``limit`` bytes at most.
@@ -133,22 +121,37 @@ class Answer:
         """The body, or what of it arrives within the timeout, to about ``limit`` bytes."""
         end = self._clock() + self._seconds
         body = bytearray()
-        for piece in self._pieces():
+        for piece in self.pieces(times=2):  # one is over below
             body += piece
             if len(body) > limit or self._clock() > end:
                 break
         return bytes(body)
 
-    def _pieces(self) -> Iterator[bytes]:
+    def pieces(self, times: int = LONGEST) -> Iterator[bytes]:
+        """The body as it comes, unpacked, for so many timeouts.
+
+        Raises:
+            SendError: It ended too soon, stalled, or cannot be unpacked.
+        """
+        allow(self._response, times)
+        packed = (self.header("Content-Encoding") or "").strip().lower()
+        pieces = self._as_sent()
+        if packed in ("gzip", "x-gzip"):
+            pieces = self._unpacked(pieces)
+        elif packed not in ("", "identity"):
+            raise self._failure(zlib.error(f"{packed!r} was not asked for"), self._seconds)
+        return pieces
+
+    def _as_sent(self) -> Iterator[bytes]:
         import urllib3
 
         raw = self._response.raw
         raw.enforce_content_length = True  # urllib3 before 2.0 took a body cut short for whole
         # read() waits for all it was asked for, be it a byte in a minute; read1() for something.
-        read, size = (raw.read1, 65_536) if hasattr(raw, "read1") else (raw.read, 1_024)
+        read, size = (raw.read1, _PIECE) if hasattr(raw, "read1") else (raw.read, 1_024)
         while True:
             try:
-                piece = read(size, decode_content=True)
+                piece = read(size, decode_content=False)
                 failure = None
             except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
                 failure = self._failure(error, self._seconds)
@@ -158,6 +161,38 @@ class Answer:
                 self._whole = True
                 return
             yield piece
+
+    def _unpacked(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """A thousand bytes may hold a million, so not whole pieces at once, as urllib3 once did."""
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        began = False
+        for piece in pieces:
+            rest, began = piece, True
+            while rest and not unpacker.eof:
+                try:
+                    unpacked = unpacker.decompress(rest, _PIECE)
+                    failure = None
+                except zlib.error as error:
+                    failure = self._failure(error, self._seconds)
+                if failure:
+                    raise failure
+                yield unpacked
+                rest = unpacker.unconsumed_tail
+        yield unpacker.flush()
+        if began and not unpacker.eof:
+            raise self._failure(zlib.error("its end is missing"), self._seconds)
+
+
+def lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a body as they come: a chunk each, whose own newlines JSON escapes."""
+    rest = bytearray()
+    for piece in pieces:
+        rest += piece
+        if b"\n" in piece:
+            *whole, rest = rest.split(b"\n")
+            yield from (line.decode("utf-8", "replace") for line in whole if line.strip())
+    if rest.strip():
+        yield rest.decode("utf-8", "replace")
 
 
 def bad_lines(said: Any) -> list[dict[str, Any]]:
@@ -173,22 +208,24 @@ def rejected_lines(words: str, payload: bytes) -> int:
     if not reason.startswith(_UNPARSABLE):
         dropped = _DROPPED.search(words) if partial else None
         return int(dropped[1]) if dropped else 0
-    lines = [line.decode("utf-8", "replace") for line in split_lines(payload)]
+    sent = [line.decode("utf-8", "replace") for line in split_lines(payload)]
     if not partial:
-        return len(lines)
+        return len(sent)
     # The text quotes each bad line, in order, and a line may hold anything, such words too:
     # so step over the very lines that were sent.
-    count, start, at = 0, 0, 0
+    count, start, at, strange = 0, 0, 0, 0
     while at >= 0:
         count += 1
         at += len(_UNPARSABLE)
-        for index in range(start, len(lines)):
-            if reason.startswith(lines[index] + "': ", at):
-                at += len(lines[index])
+        for index in range(start, len(sent) if strange < _STRANGE_QUOTES else start):
+            if reason.startswith(sent[index] + "': ", at):
+                at += len(sent[index])
                 start = index + 1
                 break
+        else:
+            strange += 1
         at = reason.find("\n" + _UNPARSABLE, at) + 1 or -1
-    return min(count, len(lines))
+    return min(count, len(sent))
 
 
 def retry_after(value: str | None, clock: Callable[[], float] = time.time) -> float | None:
@@ -200,13 +237,17 @@ def retry_after(value: str | None, clock: Callable[[], float] = time.time) -> fl
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - clock())
+        seconds = parsedate_to_datetime(value).timestamp() - clock()
+        return float(max(0, min(seconds, _LONGEST_WISH)))
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
-    """Cause, what happened, and what to do, from the chain of exceptions behind ``error``."""
+def why(error: BaseException, files: Mapping[str, str | None]) -> tuple[str, str, str]:
+    """Cause, what happened, and what to do, from the chain of exceptions behind ``error``.
+
+    ``files`` are those that TLS needs here, by their options.
+    """
     chain = list(_chain(error))
     names = {type(each).__name__ for each in chain}
     for each in chain:
@@ -221,11 +262,22 @@ def why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
         # urllib3 before 2.0 compares the names by itself.
         if type(each).__name__ == "CertificateError":
             return "tls", f"the certificate is not trusted: {each}", "correct 'host'"
+        if isinstance(each, TooSlowError):
+            return "timeout", str(each), "is the server overloaded, or 'http_timeout' too short?"
+    for option, file in files.items():
+        if file and not os.access(file, os.R_OK):
+            return "tls", f"{option} {file!r} cannot be read", "expected a file of PEM certificates"
+    for each in chain:
         if isinstance(each, ssl.SSLError):
+            said = each.reason or type(each).__name__
+            return "tls", f"no TLS connection: {said}", _mend_tls(said, files)
+        if type(each).__name__ == "SSLError" and "encrypted" in str(each):  # urllib3's own
+            return "tls", "client_key has a passphrase", "expected a file of a key without one"
+        if isinstance(each, zlib.error):
             return (
-                "tls",
-                f"no TLS connection: {each.reason or type(each).__name__}",
-                "does this port speak HTTPS, and is 'ca_file' a file of PEM certificates?",
+                "connection",
+                f"the answer cannot be unpacked: {each}",
+                "is a proxy in between that packs by itself?",
             )
     if any(isinstance(each, TimeoutError) for each in chain) or names & {
         "ConnectTimeout",
@@ -234,8 +286,6 @@ def why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
         "ConnectTimeoutError",
     }:
         return "timeout", "", "is the server overloaded, or 'http_timeout' too short?"
-    if ca_file and not os.access(ca_file, os.R_OK):
-        return "tls", f"ca_file {ca_file!r} cannot be read", "expected a file of PEM certificates"
     if "ProxyError" in names:
         return "connection", "the proxy failed", "correct HTTP_PROXY, HTTPS_PROXY or NO_PROXY"
     for each in chain:
@@ -253,6 +303,19 @@ def why(error: BaseException, ca_file: str | None) -> tuple[str, str, str]:
         f"the connection failed: {type(last).__name__}",
         "is this InfluxDB's HTTP port, and is 'secure' right?",
     )
+
+
+def _mend_tls(said: str, files: Mapping[str, str | None]) -> str:
+    certificate = files.get("client_certificate")
+    if "KEY_VALUES_MISMATCH" in said:
+        return "'client_key' is not the key of 'client_certificate'"
+    if "ALERT" in said and certificate:
+        return "does the server trust 'client_certificate'?"
+    if "ALERT" in said:
+        return "does the server want a 'client_certificate' and 'client_key'?"
+    if certificate:
+        return "are 'client_certificate', 'client_key' and 'ca_file' PEM files, of such kinds?"
+    return "does this port speak HTTPS, and is 'ca_file' a file of PEM certificates?"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,34 +1,41 @@
 """InfluxDB's HTTP API: write, ping, query, post. One attempt each, by requests.
 
-Redirects are not followed, certificates are always verified, credentials travel in a header
-only. Rules: https://docs.influxdata.com/influxdb/v1/tools/api/; where influxd 1.6.7 says more
-than its documentation, the comments here do.
+Redirects are not followed, credentials travel in a header only, and no answer takes more time or
+memory than the options allow. Rules: https://docs.influxdata.com/influxdb/v1/tools/api/; where
+influxd 1.6.7 says more than its documentation, the comments here do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import ipaddress
+import logging
 import os
+import re
 import time
-from base64 import b64encode
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from celery_influx.errors import QueryError, SendError
 from celery_influx.queries import (
     EPOCHS,
     QueryResult,
     count_statements,
+    limited,
     parse_json,
     require_read_only,
+    require_rows,
     require_text,
 )
-from celery_influx.transports import in_url
+from celery_influx.transports import bounded, in_url
 from celery_influx.transports import load as load_module
-from celery_influx.transports.answers import Answer, retry_after, why
+from celery_influx.transports.answers import Answer, lines, retry_after, why
+from celery_influx.transports.credentials import Credentials
 from celery_influx.transports.servers import SERVERS, Question
 
 if TYPE_CHECKING:
@@ -37,8 +44,11 @@ if TYPE_CHECKING:
 
     from celery_influx.options import DatabaseOptions
 
+logger = logging.getLogger(__name__)
+
 _WORDS = 500
 _LONGEST_GET = 8_000
+_LONGEST_TIMEOUT = 10**6
 _MEND = {
     "401": "set 'username' and 'password', or 'token', to what the server knows",
     "403": "give the user the right to do this",
@@ -104,6 +114,7 @@ class HTTPClient:
             self._write_params[server.database] += f"/{options.retention_policy}"
         if options.organization and server.organization:
             self._write_params[server.organization] = options.organization
+        self._credentials = Credentials(options, self.address)
         # The process that opened the session stands beside it: another must not use it.
         self._session: tuple[int, requests.Session] | None = None
         self._inherited: list[object] = []
@@ -134,7 +145,8 @@ class HTTPClient:
             SendError: Nothing arrived, or nothing was stored. ``cause`` is the HTTP status, or
                 ``"conflict"``: two types for one new field, where InfluxDB stores nothing at the
                 first attempt and all but the conflicting points at the second; or one of
-                ``"timeout"``, ``"dns"``, ``"tls"``, ``"connection"``, or an errno's name.
+                ``"timeout"``, ``"dns"``, ``"tls"``, ``"secret"``, ``"connection"``, or an errno's
+                name.
         """
         self.rejection = None
         payload = b"\n".join(payloads)
@@ -196,6 +208,9 @@ class HTTPClient:
     ) -> QueryResult:
         """Run statements that only read.
 
+        An answer may have ``query_rows`` rows and ``query_bytes`` bytes. It is read no further
+        than to its first byte beyond.
+
         Args:
             statement: InfluxQL; several statements are parted by ``;``. With the ``api``
                 ``victoria`` or ``victoria-cluster`` one expression of PromQL, as of now: each
@@ -211,13 +226,14 @@ class HTTPClient:
             chunked: Let the server send the answer in pieces, which its ``max-row-limit`` does
                 not cut: True for pieces of 10,000 rows, or the number of rows. InfluxDB 3.x cuts
                 nothing. Not for PromQL.
-            timeout: Longest wait, in seconds, for a connection, and for each piece of the answer.
-                Default: ``http_timeout``.
+            timeout: Longest wait, in seconds, for a connection, and for each piece of the answer,
+                of which all may take ten times as long. Default: ``http_timeout``.
 
         Raises:
             QueryError: A statement may write, or cannot be read for sure: nothing was sent; or
-                the server refused it, or a value in ``params`` cannot be bound; or an argument
-                that PromQL does not know was given.
+                the server refused it, a value in ``params`` cannot be bound, or an argument was
+                given that PromQL does not know; or the answer is longer than ``query_rows`` and
+                ``query_bytes`` allow.
             SendError: The server did not answer.
         """
         question = self._question(statement, params, database, retention_policy, epoch)
@@ -244,7 +260,8 @@ class HTTPClient:
         """Run any statements, also such as change or delete data. Arguments as for ``query``.
 
         Raises:
-            QueryError: The server refused one of them; those before it were carried out.
+            QueryError: The server refused one of them; those before it were carried out. Or all
+                were, and the answer is too long.
             SendError: The server did not answer; the statements may have been carried out.
         """
         if self._server.unchangeable:
@@ -278,11 +295,9 @@ class HTTPClient:
         self.close()
 
     def __repr__(self) -> str:
-        options = self._options
-        auth = "token" if options.token else "basic" if options.username else "none"
         session = self._session
         opened = bool(session and session[0] == os.getpid())
-        return f"<HTTPClient {self.address} auth={auth} open={opened}>"
+        return f"<HTTPClient {self.address} auth={self._credentials.kind} open={opened}>"
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -314,18 +329,25 @@ class HTTPClient:
                 raise QueryError(str(self._refused(answer, words, "200")))
             documents = []
             text = ""
+            pieces = limited(answer.pieces(), self._options.query_rows, self._options.query_bytes)
             try:
-                for text in answer.lines() if "chunked" in fields else [answer.text()]:
+                for text in lines(pieces) if "chunked" in fields else _whole(pieces):
                     documents.append(parse_json(text))
             except (ValueError, RecursionError):
                 documents = []
             if not documents:
                 kind = answer.header("Content-Type") or "no content type"
                 raise QueryError(
-                    f"{self.address}: expected JSON, got {kind}: {self._clean(text)!r}; "
-                    "is this InfluxDB's HTTP API?"
+                    f"{self.address}: expected JSON, got {self._clean(kind)}: "
+                    f"{self._clean(text)!r}; is this InfluxDB's HTTP API?"
                 )
-        return self._server.answer(documents, question)
+        try:
+            result = self._server.answer(documents, question)
+            require_rows(result, self._options.query_rows)
+            return result
+        except QueryError as error:
+            failure = QueryError(self._credentials.clean(str(error)))
+        raise failure
 
     def _request(
         self,
@@ -337,22 +359,36 @@ class HTTPClient:
         data: bytes | dict[str, str] | None = None,
         headers: dict[str, str] | None = None,
     ) -> Answer:
-        requests = load_module("requests")
         seconds = self._options.http_timeout if timeout is None else timeout
         if not isinstance(seconds, (int, float)) or not seconds > 0:
             raise QueryError(f"timeout: expected seconds greater than 0, got {seconds!r:.80}")
+        seconds = min(seconds, _LONGEST_TIMEOUT)  # who asks for ever would get an OverflowError
+        attempt = functools.partial(
+            self._attempt, method, path, seconds, params=params, data=data, headers=headers
+        )
+        answer = attempt()
+        with contextlib.ExitStack() as stack:
+            stack.push(answer)
+            if answer.status != 401 or not self._credentials.renew(answer.credentials):
+                stack.pop_all()
+                return answer
+        return attempt()  # by the new secret: what was refused was not carried out
+
+    def _attempt(self, method: str, path: str, seconds: float, **request: Any) -> Answer:
+        requests = load_module("requests")
+        options = self._options
+        certificate = options.client_certificate
         try:
             response = self._opened().request(
                 method,
                 self._root + path.format(tenant=self._options.tenant),
-                params=params,
-                data=data,
-                headers=headers,
                 timeout=seconds,
                 # Given here, and not to the session: REQUESTS_CA_BUNDLE would win over that.
-                verify=self._options.ca_file or True,
+                verify=not options.insecure and (options.ca_file or True),
+                cert=certificate and (certificate, options.client_key or certificate),
                 allow_redirects=False,
                 stream=True,
+                **request,
             )
             return Answer(response, self._failure, seconds, self._clock)
         except (requests.RequestException, OSError, ValueError) as error:
@@ -366,25 +402,40 @@ class HTTPClient:
         if opened and opened[0] == os.getpid():
             return opened[1]
         self.abandon()
-        session: requests.Session = load_module("requests").Session()
+        self._credentials.read()
+        library = load_module("requests")
+        session: requests.Session = library.Session()
         from http.cookiejar import DefaultCookiePolicy  # requests has imported it
 
-        session.auth = _Credentials(self._options)
+        session.auth = self._credentials
         session.headers["User-Agent"] = "celery_influx"
+        session.headers["Accept-Encoding"] = "gzip"  # what `Answer` unpacks
         session.trust_env = not _loopback(self._options.host)
         # Cookies would be the one thing that answers change in a session shared by threads.
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        # Even where a redirect is not followed, requests reads its body, be it endless.
+        session.get_redirect_target = lambda _: None  # type: ignore[assignment]
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, bounded.adapter(library.adapters.HTTPAdapter))
+        if self._options.secure and self._options.insecure:
+            self._be_insecure()
         self._session = (os.getpid(), session)
         return session
+
+    def _be_insecure(self) -> None:
+        """Say so once, and not at every request, as urllib3 would."""
+        warnings.filterwarnings(
+            "ignore", rf"Unverified HTTPS request .* host '\[?{re.escape(self._options.host)}\]?'"
+        )
+        _warn_insecure(self.address, os.getpid())
 
     # -- what went wrong -------------------------------------------------------------------------
 
     def _failure(self, error: BaseException, seconds: float) -> SendError:
         """``error`` in our words: those of requests hold URLs, and proxies' passwords."""
-        ca_file = self._options.ca_file if self._options.secure else None
-        cause, happened, mend = why(error, ca_file)
-        if cause == "timeout":
-            happened = f"no answer within {seconds:g} s"
+        files = ("ca_file", "client_certificate", "client_key") if self._options.secure else ()
+        cause, happened, mend = why(error, {file: getattr(self._options, file) for file in files})
+        happened = happened or f"no answer within {seconds:g} s"
         return SendError(f"{self.address}: {happened} ({cause}); {mend}", cause)
 
     def _refused(self, answer: Answer, words: str, expected: str) -> SendError:
@@ -392,36 +443,38 @@ class HTTPClient:
         said = f": {self._clean(words)}" if words else ""
         mend = _MEND.get(status) or _MEND["5xx" if status[0] == "5" else "other"]
         if answer.status // 100 == 3:
-            target = self._clean(answer.header("Location") or "nowhere")
+            target = self._clean(_place(answer.header("Location") or "nowhere"))
             said, mend = f", which points to {target}", "redirects are not followed: set that URL"
         text = f"{self.address}: expected {expected}, got {status}{said}; {mend}"
         return SendError(text, status, retry_after(answer.header("Retry-After")))
 
     def _clean(self, words: str) -> str:
         """Words of the server for a log: shortened, and without our own secrets in them."""
-        for secret in (self._options.password, self._options.token):
-            if secret:
-                words = words.replace(secret, "***")
+        words = self._credentials.clean(words)
         return words if len(words) <= _WORDS else words[: _WORDS - 1] + "…"
 
 
-class _Credentials:
-    """Puts the credentials into the header. With none it still keeps requests from .netrc."""
+@functools.cache
+def _warn_insecure(address: str, _process: int) -> None:
+    logger.warning(
+        "%s: any certificate is trusted ('insecure'): who stands in between reads and changes all "
+        "that is sent, the password too; set 'ca_file' instead",
+        address,
+    )
 
-    def __init__(self, options: DatabaseOptions) -> None:
-        header = ""
-        if options.token:
-            header = f"{SERVERS[options.api].scheme} {options.token}"
-        elif options.username:
-            pair = f"{options.username}:{options.password or ''}"
-            header = "Basic " + b64encode(pair.encode()).decode()
-        # http.client writes headers as latin-1; so these bytes go out as they are.
-        self._header = header.encode().decode("latin-1")
 
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._header:
-            request.headers["Authorization"] = self._header
-        return request
+def _whole(pieces: Iterable[bytes]) -> list[str]:
+    return [b"".join(pieces).decode("utf-8", "replace")]
+
+
+def _place(url: str) -> str:
+    """A URL without the parts of it in which others put their secrets."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "no URL"
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
 def _loopback(host: str) -> bool:

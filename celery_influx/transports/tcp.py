@@ -46,7 +46,7 @@ class TCPConnection(OneSocket):
         except (OSError, ValueError) as error:  # ValueError: no host can have such a name
             wanted = "connection" if self._socket is None else "room"
             self.close()
-            cause, happened, _ = why(error, None)
+            cause, happened, _ = why(error, {})
             happened = happened or f"no {wanted} within {self._options.http_timeout:g} s"
             raise SendError(
                 f"{self.address}: {happened} ({cause}); does a server for line protocol over TCP "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +22,10 @@ from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.queries import quote_ident, quote_string, require_read_only
 from celery_influx.transports.http import HTTPClient
-from tests.servers import Influxd, VictoriaMetrics, find
+from tests.certificates import make
+from tests.servers import Influxd, VictoriaMetrics
 from tests.test_cli import run as set_up
-from tests.test_queries import READING, UNREADABLE, WRITING
+from tests.test_queries import ADMINISTERING, FEWER, READING, STOLEN, UNREADABLE, WRITING
 
 pytestmark = pytest.mark.once
 
@@ -230,9 +231,14 @@ def _fill(prey: HTTPClient) -> None:
     prey.write(b"m,t=a f=1 1\nm,t=b f=2 2")
 
 
-def _touched(prey: HTTPClient) -> bool:
+def _effects(prey: HTTPClient) -> set[str]:
     found = {row["name"] for row in prey.query("SHOW MEASUREMENTS").rows()}
-    return found != {"m"} or len(prey.query("SELECT f FROM m").rows()) != 2
+    effects = {STOLEN} if found - {"m"} else set()
+    return effects | ({FEWER} if len(prey.query("SELECT f FROM m").rows()) != 2 else set())
+
+
+def _touched(prey: HTTPClient) -> bool:
+    return bool(_effects(prey))
 
 
 @pytest.mark.parametrize("statement", WRITING)
@@ -244,7 +250,64 @@ def test_what_the_check_refuses_would_have_written(prey: HTTPClient, statement: 
 
     prey.post(statement, params=PARAMS)
 
-    assert _touched(prey)
+    assert _effects(prey) == {WRITING[statement]}
+
+
+def test_what_the_check_refuses_would_have_administered_the_server(
+    influxd: Influxd, prey: HTTPClient
+) -> None:
+    kinds = {kind for _, kind in ADMINISTERING if kind}
+
+    def shown() -> dict[str, object]:
+        # One by one, for some fail where there is no such user or database.
+        data = ({"q": f"SHOW {kind}"} for kind in kinds)
+        answers = [
+            requests.post(f"{influxd.http_url}/query", data=each, timeout=30) for each in data
+        ]
+        return dict(zip(kinds, [answer.json() for answer in answers], strict=True))
+
+    before = shown()
+    for statement, _ in ADMINISTERING:
+        with pytest.raises(QueryError, match="to change data use post"):
+            prey.query(statement)
+    assert shown() == before
+
+    for statement, kind in ADMINISTERING:
+        prey.post(statement)
+
+        after = shown()
+        changed = {each for each in kinds if after[each] != before[each]}
+        assert kind in changed if kind else not changed, statement
+        before = after
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x'; DROP MEASUREMENT m --",
+        "x\\'; DROP MEASUREMENT m --",
+        'f" INTO stolen FROM m --',
+        "f INTO stolen FROM m --",
+        "x/ ; DROP MEASUREMENT m --",
+        "1h; DROP MEASUREMENT m",
+        "$into",
+    ],
+)
+def test_a_bound_value_writes_nothing_whatever_it_holds(prey: HTTPClient, value: str) -> None:
+    _fill(prey)
+
+    for statement, bound in (
+        ("SELECT f FROM m WHERE t = $v", value),
+        ("SELECT $v FROM m", {"identifier": value}),
+        ("SELECT f FROM $v", {"identifier": value}),
+        ("SELECT f FROM m WHERE t =~ $v", {"regex": value}),
+        ("SELECT f FROM m WHERE time > now() - $v", {"duration": value}),
+        ("SELECT f FROM m LIMIT $v", value),
+    ):
+        with contextlib.suppress(QueryError):
+            prey.query(statement, params={"v": bound, **PARAMS})
+
+    assert not _touched(prey)
 
 
 def test_the_server_itself_lets_a_get_write(influxd: Influxd, prey: HTTPClient) -> None:
@@ -539,34 +602,10 @@ def test_a_body_that_is_too_large_is_a_413(limited: Influxd) -> None:
 # -- credentials and TLS -------------------------------------------------------------------------
 
 
-def _openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(
-        [find("openssl"), *arguments], cwd=folder, check=True, capture_output=True, timeout=60
-    )
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ca.pem, and server.pem and server.key for 127.0.0.1."""
-    folder = tmp_path_factory.mktemp("certificates")
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    (folder / "extensions").write_text(
-        "basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\n"
-        "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
-    )
-    _openssl(
-        folder, "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2",
-        "-subj", "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign",
-    )  # fmt: skip
-    _openssl(
-        folder, "req", "-new", *key, "-keyout", "server.key", "-out", "server.csr",
-        "-subj", "/CN=127.0.0.1",
-    )  # fmt: skip
-    _openssl(
-        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-        "-CAcreateserial", "-out", "server.pem", "-days", "2", "-extfile", "extensions",
-    )  # fmt: skip
-    return folder
+    return make(tmp_path_factory.mktemp("certificates"))
 
 
 Secured = Callable[..., HTTPClient]

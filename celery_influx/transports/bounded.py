@@ -1,0 +1,121 @@
+"""Connections for requests whose answers come to an end, however slowly they come.
+
+A socket's timeout is for one piece: a server that sends a byte within each, or one ``100 Continue``
+after the other, would hold its client for ever. So each answer has its time as a whole.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import requests
+
+#: An answer to a query may take so many timeouts. Its head has one, and so has all of any other.
+LONGEST = 10
+
+
+class TooSlowError(TimeoutError):
+    """Pieces came in time, but too many of them."""
+
+
+class _Pieces(io.RawIOBase):
+    """What comes from ``sock``, until the time is up."""
+
+    def __init__(self, pieces: Any, sock: socket.socket) -> None:
+        self._pieces = pieces
+        self._socket = sock
+        self._timeout = sock.gettimeout() or 0.0
+        self.allow(1)
+
+    def allow(self, times: int) -> None:
+        """Give what comes from now on so many timeouts."""
+        self._times = times
+        self._end = time.monotonic() + times * self._timeout
+
+    def readable(self) -> bool:
+        """For ``io.BufferedReader``."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Wait for a piece."""
+        left = self._end - time.monotonic()
+        # The first wait of all is as long as the timeout: then nothing has to be set.
+        shortened = left < 0.999 * self._timeout
+        if left <= 0:
+            raise self._too_slow()
+        try:
+            if shortened:
+                self._socket.settimeout(left)
+            return self._pieces.readinto(buffer)  # type: ignore[no-any-return]
+        except TimeoutError as error:
+            raise (self._too_slow() if shortened else error) from None
+        finally:
+            if shortened:
+                self._socket.settimeout(self._timeout)  # it may be used again
+
+    def close(self) -> None:
+        """Let the socket go."""
+        self._pieces.close()
+        super().close()
+
+    def _too_slow(self) -> TooSlowError:
+        seconds = self._times * self._timeout
+        return TooSlowError(f"an answer came so slowly that it took more than {seconds:g} s")
+
+
+class _Response(http.client.HTTPResponse):
+    """Its head has one timeout; ``allow`` says how many the rest has."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.pieces = _Pieces(self.fp.detach(), sock)
+        self.fp = io.BufferedReader(self.pieces)
+
+    def begin(self) -> None:
+        """Read the head."""
+        super().begin()
+        if self.status < 200:
+            # More follows on a mere sign of life, and would be taken for the next one's answer.
+            self.will_close = True
+
+
+def allow(response: requests.Response, times: int) -> None:
+    """Give what is still to come of ``response`` so many timeouts from now on."""
+    head: Any = response.raw._original_response  # noqa: SLF001 - requests, too, finds it there
+    head.pieces.allow(times)
+
+
+def bound(manager: Any) -> None:
+    """Have all connections that urllib3's ``manager`` of pools will make read answers so."""
+    manager.pool_classes_by_scheme = {
+        scheme: _derived(pool, ConnectionCls=_derived(pool.ConnectionCls, response_class=_Response))
+        for scheme, pool in manager.pool_classes_by_scheme.items()
+    }
+
+
+def _derived(cls: type, **attributes: Any) -> type:
+    return type(cls.__name__, (cls,), attributes)
+
+
+def adapter(base: Callable[..., Any]) -> Any:
+    """An adapter of requests, of the class ``base``, with such connections, to proxies too."""
+
+    class Adapter(base):  # type: ignore[misc, valid-type]
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            bound(self.poolmanager)
+
+        def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+            known = proxy in self.proxy_manager
+            manager = super().proxy_manager_for(proxy, **kwargs)
+            if not known:
+                bound(manager)
+            return manager
+
+    return Adapter()
