@@ -348,13 +348,11 @@ class Database(_Way):
     @property
     def learns_types(self) -> bool:
         """Whether its server may be asked for the types of fields."""
-        options = self.options
-        return bool(
-            self._enabled
-            and options.field_types
-            and options.http_port
-            and options.api not in _VICTORIA
-        )
+        return bool(self._enabled and self._has_types and self.options.http_port)
+
+    @property
+    def _has_types(self) -> bool:
+        return self.options.field_types and self.options.api not in _VICTORIA
 
     def learn_types(self) -> None:
         """Ask the server for the types of its fields: in a thread, for it may be slow."""
@@ -395,7 +393,7 @@ class Database(_Way):
             clock=stamps,
             on_left_out=self._count_left_out,
             types=FieldTypes(self._types, self._count_conflicts, self._say_full)
-            if self.options.field_types
+            if self._has_types
             else None,
         ).encode
         self._encode = _without_newlines(encode) if _parts_at_newlines(self.options) else encode

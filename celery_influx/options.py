@@ -227,7 +227,7 @@ class DatabaseOptions:
     field_types: bool = option(
         True,
         "Keep each field to the type of its first value, as InfluxDB does. False: for servers that "
-        "do not, such as VictoriaMetrics.",
+        "do not; with `api=victoria` it is never kept.",
     )
     batch_size: int = option(
         5000,

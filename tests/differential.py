@@ -123,7 +123,7 @@ class Wild(Hostile):
         if kind == 0:
             return Word(self.name())
         if kind == 1:
-            return self.name() * (1 << self.below(18))
+            return self.name() * (1 << self.below(14))  # a line may have 65,535 bytes
         return [None, True, False, Decimal(self.integer()), b"x", (), object, self.name()][kind]
 
     def value(self) -> Any:

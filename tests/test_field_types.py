@@ -263,8 +263,9 @@ def test_a_conflict_is_counted_and_said_and_a_point_of_nothing_else_rejected(
     assert influx.close()
 
 
-def test_switched_off_each_point_goes_as_it_is(receiver: Receiver) -> None:
-    app = make_app(influx_databases={"main": f"{receiver.url}&field_types=false"})
+@pytest.mark.parametrize("option", ["field_types=false", "api=victoria"])
+def test_switched_off_each_point_goes_as_it_is(receiver: Receiver, option: str) -> None:
+    app = make_app(influx_databases={"main": f"{receiver.url}&{option}"})
     influx = celery_influx.install(app)
 
     for value in (1, 0.5, "x"):
