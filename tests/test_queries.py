@@ -18,6 +18,7 @@ from celery_influx.queries import (
     Series,
     count_statements,
     encode_params,
+    limited,
     parse_answer,
     parse_json,
     quote_ident,
@@ -339,6 +340,29 @@ def test_a_result_gives_its_series_and_rows() -> None:
 def test_an_empty_answer_is_an_empty_result() -> None:
     assert parse_answer([_answer({"statement_id": 0})]) == QueryResult()
     assert not QueryResult()
+
+
+@given(
+    rows=st.lists(st.lists(st.text('\\"[],{}a', max_size=6), min_size=1, max_size=3), min_size=1),
+    size=st.integers(1, 20),
+    spaced=st.booleans(),
+)
+def test_rows_are_counted_as_they_come_and_never_one_too_many(
+    rows: list[list[str]], size: int, spaced: bool
+) -> None:
+    document = _answer({"statement_id": 0, "series": [_series(rows)]})
+    body = json.dumps(document, separators=None if spaced else (",", ":")).encode()
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+
+    assert b"".join(limited(pieces, len(rows), len(body))) == body
+    assert parse_answer([document], most_rows=len(rows)).rows()
+    with pytest.raises(QueryError, match="longer than"):
+        b"".join(limited(pieces, len(rows), len(body) - 1))
+    with pytest.raises(QueryError, match="of more than"):
+        parse_answer([document], most_rows=len(rows) - 1)
+    if not spaced and len(rows) > 1:
+        with pytest.raises(QueryError, match="of more than"):
+            b"".join(limited([body], len(rows) - 1, len(body)))
 
 
 def test_a_result_is_plain_json_and_pickles() -> None:
