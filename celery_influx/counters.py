@@ -25,7 +25,7 @@ COUNTERS = {
     "clamped": "waits that clock skew made negative, written as 0",
     "errors_no_answer": "of the errors over HTTP: nobody there, or not in time",
     "errors_busy": "the server cannot now: 408, 425, 429, 5xx",
-    "errors_access": "somebody must mend something: 401, 403, 404, TLS",
+    "errors_access": "somebody must mend something: 401, 403, 404, redirects, TLS, no secret",
     "errors_refused": "what was sent was not taken: all others",
     "spooled": "written to the spool, since the server was away",
     "adopted": "found in the spool, left there by processes that have ended",

@@ -52,6 +52,7 @@ _TOO_LONG = ("413", "EMSGSIZE")
 _FATES = {
     **dict.fromkeys(("408", "425", "429"), Fate.BUSY),
     **dict.fromkeys(("401", "403", "404", "tls", "secret"), Fate.ACCESS),
+    **dict.fromkeys(("301", "302", "303", "307", "308"), Fate.ACCESS),
     **dict.fromkeys(("400", "422", *_TOO_LONG), Fate.SPLIT),
     "conflict": Fate.AGAIN,
 }

@@ -346,8 +346,8 @@ class DatabaseOptions:
     )
     query_bytes: int = option(
         33_554_432,
-        "Longest answer to `query` or `post`, unpacked. As Python's values it takes up to twenty "
-        "times as much memory.",
+        "Longest answer to `query` or `post`, unpacked. As Python's values it takes five to "
+        "twenty-five times as much memory.",
         unit="bytes",
         at_least=1_024,
         at_most=1_000_000_000_000,

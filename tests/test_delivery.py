@@ -267,10 +267,11 @@ BATCH = [b"a f=1", b"b f=1", b"c f=1"]
     [
         (["timeout", "dns", "connection", "ECONNREFUSED", "EPIPE", "ENETUNREACH"], Fate.NO_ANSWER),
         (["408", "425", "429", "500", "502", "503", "504", "507"], Fate.BUSY),
-        (["401", "403", "404", "tls"], Fate.ACCESS),
+        (["401", "403", "404", "tls", "secret"], Fate.ACCESS),
+        (["301", "302", "303", "307", "308"], Fate.ACCESS),
         (["conflict"], Fate.AGAIN),
         (["400", "413", "422"], Fate.SPLIT),
-        (["405", "301", "308", "402", "410", "418", "200"], Fate.FINAL),
+        (["405", "300", "304", "402", "410", "418", "200"], Fate.FINAL),
     ],
 )
 def test_each_cause_has_its_fate(causes: list[str], fate: Fate) -> None:
@@ -399,7 +400,7 @@ def test_what_a_server_answers_again_and_again_is_lost(caplog: pytest.LogCapture
     assert caplog.messages[-1] == "metrics: it said 500; mend it so; 3 lines lost after 4 attempts"
 
 
-@pytest.mark.parametrize("cause", ["405", "301", "402"])
+@pytest.mark.parametrize("cause", ["405", "300", "402"])
 def test_what_will_never_be_taken_is_lost_at_once(
     cause: str, caplog: pytest.LogCaptureFixture
 ) -> None:

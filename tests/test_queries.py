@@ -24,6 +24,7 @@ from celery_influx.queries import (
     quote_ident,
     quote_string,
     require_read_only,
+    require_rows,
 )
 
 # The statements are tried on a real server as well, in integration/test_http_influxd.py: ``m``
@@ -355,11 +356,11 @@ def test_rows_are_counted_as_they_come_and_never_one_too_many(
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
 
     assert b"".join(limited(pieces, len(rows), len(body))) == body
-    assert parse_answer([document], most_rows=len(rows)).rows()
+    require_rows(parse_answer([document]), len(rows))
     with pytest.raises(QueryError, match="longer than"):
         b"".join(limited(pieces, len(rows), len(body) - 1))
     with pytest.raises(QueryError, match="of more than"):
-        parse_answer([document], most_rows=len(rows) - 1)
+        require_rows(parse_answer([document]), len(rows) - 1)
     if not spaced and len(rows) > 1:
         with pytest.raises(QueryError, match="of more than"):
             b"".join(limited([body], len(rows) - 1, len(body)))
