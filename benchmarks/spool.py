@@ -46,7 +46,11 @@ class Way:
     def __init__(self, folder: Path, *, spools: bool = True, first: bool, fsync: bool) -> None:
         report, counters = Report(logging.getLogger(__name__)), Counters(1).row(0)
         report.warn = lambda *_, **__: None  # type: ignore[method-assign]
-        spool = Spool("b", str(folder), 10**9, counters, report, fsync=fsync) if spools else None
+        spool = (
+            Spool("b", "here", str(folder), 10**9, counters, report, fsync=fsync)
+            if spools
+            else None
+        )
         self.server = Nobody()
         self.delivery = Delivery(
             "b", self.server, counters, report, retry_age=3_600, spool=spool, spool_first=first

@@ -101,6 +101,7 @@ class Batcher:
         self._green = is_green()
         self._turn = 0.0  # when the others had theirs
         self._deadline: float | None = None  # set by close: when to stop, however much waits
+        self._is_left = False  # to close the transport itself, for close has given up
         self._last = 0  # and the line to stop at, which waited last when it was called
         self._thread = threading.Thread(target=self._run, name=f"celery_influx {name}", daemon=True)
         self._thread.start()
@@ -151,7 +152,8 @@ class Batcher:
         self.finish(time.monotonic() + timeout)
         # Where no time is given it still has to come out of its wait.
         self._thread.join(max(timeout, 0.05))
-        if self._thread.is_alive():
+        self._is_left = self._thread.is_alive()
+        if self._is_left:
             # It hangs in an attempt; being a daemon it does not hold the process up.
             logger.warning("%s: an attempt to send did not end within %.1f s", self._name, timeout)
         elif len(self._buffer):
@@ -162,8 +164,10 @@ class Batcher:
             self._delivery.end()
             self._settle()
         hanging = self._buffer.taken - self._settled[0]
-        kept_of_it = self._delivery.keep_attempt()
-        kept, dropped = self._keep()
+        kept_of_it = kept = dropped = 0
+        if self._delivery.can_keep(self.AFTERWARDS):
+            kept_of_it = self._delivery.keep_attempt()
+            kept, dropped = self._keep()
         dropped += self._buffer.clear()
         self._counters[DROPPED] += dropped
         self._wake_flushes()
@@ -192,7 +196,7 @@ class Batcher:
         """Have on disk what still waits; how many lines are, and how many could not be."""
         delivery = self._delivery
         kept = 0
-        while delivery.spools and len(self._buffer):
+        while len(self._buffer):
             lines, too_long = self._buffer.take(self._batch_size, delivery.max_bytes)
             if too_long:
                 delivery.reject(too_long)
@@ -225,7 +229,8 @@ class Batcher:
             rest = self._catch_up()
         self._delivery.end()
         self._settle()
-        self._close_transport()
+        if self._is_left:
+            self._close_transport()
 
     def _close_transport(self) -> None:
         try:
@@ -238,10 +243,14 @@ class Batcher:
         more = True
         waiting = self._buffer.put_lines
         while more and not self._is_over():
-            if self._delivery.is_behind and self._buffer.taken + self._buffer.dropped >= waiting:
-                return  # what has come since has time; else what is on disk never had its turn
             before = self._buffer.taken
             is_held = bool(self._delivery.held)
+            if (
+                self._delivery.is_behind
+                and not is_held
+                and before + self._buffer.dropped >= waiting
+            ):
+                return  # what has come since has time; else what is on disk never had its turn
             self._step(self._retry if is_held else self._deliver_next)
             more = is_held or self._buffer.taken > before
 

@@ -265,6 +265,9 @@ class Database(_Way):
         if client:
             client.close()
         if batcher is None:
+            spool, self._spool = self._spool, None
+            if spool:
+                spool.close()
             return not self._closing and self._drop_unstarted()
         try:
             return batcher.close(timeout)
@@ -413,7 +416,7 @@ class Database(_Way):
             self._opening = True
             try:
                 self._transport = self._transport or open_transport(self.options)
-                self._spool = self._open_spool()
+                self._spool = self._spool or self._open_spool()
                 delivery = Delivery(
                     self.name,
                     self._transport,
@@ -454,8 +457,14 @@ class Database(_Way):
                     options.spool_dir,
                     kind,
                 )
+            destination = (
+                *(options.transport, options.host, options.http_port, options.tcp_port),
+                *(options.socket_path, options.api, options.organization, options.tenant),
+                *(options.database, options.retention_policy, options.precision),
+            )
             opened: Spool = spool.Spool(
                 self.name,
+                repr(destination),
                 options.spool_dir,
                 options.spool_bytes,
                 self._counters,
@@ -524,14 +533,16 @@ class Database(_Way):
 
         The parent's thread does not exist here, and its locks may be held for ever.
         """
-        if self._transport:
-            self._transport.abandon()
-        if self._spool:
-            self._spool.abandon()
-        # Kept, for their finalisers would close file numbers that may be others' by then.
-        self._retired += filter(None, (self._transport, self._spool, self._http))
-        self._transport = self._spool = self._http = None
-        self._forget()
+        try:
+            if self._transport:
+                self._transport.abandon()
+            if self._spool:
+                self._spool.abandon()
+        finally:
+            # Kept, for their finalisers would close file numbers that may be others' by then.
+            self._retired += filter(None, (self._transport, self._spool, self._http))
+            self._transport = self._spool = self._http = None
+            self._forget()
 
     def _forget(self) -> None:
         self._accept = self._send

@@ -101,6 +101,8 @@ class Delivery:
     SHORTEST_WAIT = 0.01
     #: Seconds: nor is any wait longer than this, but where the server asks for it.
     LONGEST_WAIT = 30.0
+    #: Seconds: and it may not ask for more.
+    LONGEST_WISH = 3_600.0
     #: Most requests by which the bad lines of one batch are looked for.
     MOST_REQUESTS = 64
 
@@ -132,9 +134,12 @@ class Delivery:
         self.most_lines = sys.maxsize
         self.is_away = False
         self._parts = Parts()  # of the batch
-        # Of the oldest batch in the spool: answers that were about it, and not the server's state.
-        self._head_answers = 0
+        # Of the oldest batch in the spool: failures while others were taken, and when it is due.
+        self._head_failures = 0
+        self._head_due = 0.0
         self._took_others = False
+        self._is_kept = False  # the batch is in the spool, whatever becomes of its attempt
+        self._largest_taken = 0  # part of a batch that was too long, in lines
         self._answered()
         self._begin()
 
@@ -221,7 +226,9 @@ class Delivery:
 
     def catch_up(self) -> bool:
         """Make one attempt at the oldest batch in the spool; whether there was one."""
-        lines = self._spool.head() if self._spool else None
+        if not self._spool or self._parts or self._head_due > self._clock():
+            return False
+        lines = self._spool.head()
         if lines is None:
             return False
         self._begin(lines, is_head=True)
@@ -237,6 +244,7 @@ class Delivery:
         else:
             self._answered()
             self._took_others = self._took_others or not self._is_head
+            self._learn_length(len(self._parts.first))
             self._parts.taken()
         if self._parts and self._parts.requests >= self.MOST_REQUESTS:
             count = self.held
@@ -247,12 +255,21 @@ class Delivery:
 
     def _done(self) -> None:
         """Nothing of the batch is left, here or in the spool."""
+        if self._largest_taken:
+            self.most_lines, self._largest_taken = self._largest_taken, 0
         if self._spool and self._is_head:
             self._is_head = False
-            self._head_answers = 0
+            self._head_failures = 0
             self._spool.pop()
         elif self._spool and self._spool_first:
             self._on_disk(self._spool.release)
+
+    def _learn_length(self, taken: int) -> None:
+        """How many lines the server takes at once, by what it took: one long line tells nothing."""
+        if self._largest_taken:
+            self._largest_taken = max(self._largest_taken, taken)
+        elif taken >= self.most_lines:
+            self.most_lines += taken // 64 + 1  # it may take more by now
 
     def _write(self, *lists: list[bytes]) -> None:
         """One attempt: all went out, but for what the server says it rejected."""
@@ -294,13 +311,11 @@ class Delivery:
         self._answers += fate is Fate.BUSY and not self._hurried
         self._hurried = False
         self.is_away = fate is not Fate.BUSY
-        if self._is_head:
-            # The server takes other batches, and not this one.
-            self._head_answers += fate is Fate.BUSY and self._took_others
-            self._took_others = False
-            self._answers = self._head_answers
+        if self._is_head and self._took_others:
+            self._hold_head(fate, error)
+            return
         count, delay = self.held, self._delay(fate, error.retry_after)
-        if (self._is_head or not self._spool) and self._answers >= self._retry_tries:
+        if not self._spool and self._answers >= self._retry_tries:
             self._give_up_on(error, f" after {self._answers} attempts")
             return
         if self._put_aside():
@@ -313,6 +328,9 @@ class Delivery:
             delay = min(delay, self._retry_age - age)
             where = "the others wait"
         self._due = now + delay
+        self._say_again(error, count, delay, where)
+
+    def _say_again(self, error: SendError, count: int, delay: float, others: str) -> None:
         self._report.warn(
             f"send {error.cause}",
             "%s: %s; %d lines are tried again, in %.1f s; %s",
@@ -320,22 +338,38 @@ class Delivery:
             error,
             count,
             delay,
-            where,
+            others,
         )
+
+    def _hold_head(self, fate: Fate, error: SendError) -> None:
+        """The server takes other batches, and not the oldest one in the spool: they do not wait."""
+        self._took_others = False
+        self._head_failures += 1
+        self._failures = self._head_failures
+        delay = self._delay(fate, error.retry_after)
+        self._answered()
+        if self._head_failures >= self._retry_tries:
+            self._give_up_on(error, f" after {self._head_failures} attempts")
+            return
+        self._head_due = self._clock() + delay
+        self._say_again(error, self.held, delay, "others are taken")
+        self._put_aside()
 
     def _put_aside(self) -> bool:
         """Have what is left of the batch in the spool, and not here; whether it is."""
         if not self._spool:
             return False
-        lines, was_head = self._parts.lines(), self._is_head
-        if was_head and len(lines) == self._size:
+        lines = self._parts.lines()
+        if self._is_head and len(lines) == self._size:
             self._is_head = False  # it stays where it is
-        else:
-            if was_head:
-                self._done()
+        elif self._is_head:
+            if not self._on_disk(self._spool.replace, lines):
+                return False
+            self._is_head = False
+        elif not self._is_kept:
             if not self._on_disk(self._spool.append, lines):
                 return False
-            self.spooled += 0 if was_head else len(lines)
+            self.spooled += len(lines)
         self._parts.clear()
         return True
 
@@ -355,7 +389,7 @@ class Delivery:
         else:
             longest = self.FIRST_WAIT * 2.0 ** min(self._failures - 1, 30)
             delay = self._spread() * min(longest, self.LONGEST_WAIT)
-        return max(delay, retry_after or 0.0, self.SHORTEST_WAIT)
+        return max(delay, min(retry_after or 0.0, self.LONGEST_WISH), self.SHORTEST_WAIT)
 
     def _split(self, error: SendError) -> None:
         """The first part is refused whole: look for what spoils it."""
@@ -365,7 +399,7 @@ class Delivery:
         if parts.too_long() if too_long else parts.refused():
             self._reject(1, 1, self._refusal)
         elif too_long:
-            self.most_lines = min(self.most_lines, len(parts.first))
+            self._largest_taken = self._largest_taken or 1
 
     def _reject(self, rejected: int, count: int, why: str, cause: str = "rejected") -> None:
         self._counters[REJECTED] += rejected
@@ -390,7 +424,7 @@ class Delivery:
         )
 
     def _lose(self) -> int:
-        count = self.held
+        count = 0 if self._is_kept else self.held
         self._parts.clear()
         self._answered()  # as far as the next one is concerned
         self._counters[LOST] += count
@@ -408,6 +442,11 @@ class Delivery:
         """No more attempts: what is held goes to the spool, or is lost."""
         if self._parts and not self._put_aside():
             self._lose()
+        self._done()
+
+    def can_keep(self, timeout: float) -> bool:
+        """Whether there is a spool, and no other thread that hangs at its disk."""
+        return self._spool is not None and self._spool.is_free(timeout)
 
     def keep(self, lines: list[bytes]) -> bool:
         """At the end: have ``lines`` in the spool; whether they are."""
@@ -420,7 +459,8 @@ class Delivery:
             How many lines are there now: they are sent twice, should it succeed yet.
         """
         lines = [] if self._is_head else self._parts.lines()
-        return len(lines) if lines and (self._spool_first or self.keep(lines)) else 0
+        self._is_kept = bool(lines) and self.keep(lines)
+        return len(lines) if self._is_kept else 0
 
     def reject(self, lines: int) -> None:
         """Count ``lines`` that are longer than any payload."""

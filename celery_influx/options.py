@@ -321,8 +321,8 @@ class DatabaseOptions:
     )
     spool_bytes: int = option(
         268_435_456,
-        "Most bytes on disk, for each process and database; when full, the oldest go and are "
-        "counted as dropped.",
+        "Most bytes on disk for this database, of all processes that share the folder. When full, "
+        "the oldest go and are counted as dropped.",
         unit="bytes",
         at_least=65_536,
         at_most=1_000_000_000_000_000,
@@ -330,13 +330,13 @@ class DatabaseOptions:
     spool_mode: str = option(
         "failed",
         "Which batches go to disk: those whose attempt has `failed`; or `always` all, before it: "
-        "then a killed process loses only what is not yet a batch.",
+        "then a killed process loses only what is not yet a batch, since one is under way.",
         choices=("failed", "always"),
     )
     spool_fsync: bool = option(
         False,
         "Wait with each batch until the disk has it: then a loss of power loses no more than a "
-        "killed process does.",
+        "killed process does. With gevent or eventlet all greenlets wait.",
     )
     query_rows: int = option(
         100_000,

@@ -3,7 +3,7 @@
 One folder per database. Each process that spools there is an *owner*, and named by when it began:
 
 - ``OWNER.lock`` is locked for as long as the process lives, by a lock that no child inherits. In it
-  stands how far the owner's segments have been sent.
+  stands how far one of the owner's segments has been sent.
 - ``OWNER.00000001.spool``, ...: its segments, only ever appended to, oldest first.
 - ``OWNER.hand.spool``: the batch that is being sent, where that is asked for.
 
@@ -26,6 +26,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import cast
 from urllib.parse import quote
@@ -33,10 +34,11 @@ from urllib.parse import quote
 from celery_influx.counters import ADOPTED, DROPPED, LOST, SPOOLED
 from celery_influx.report import Report
 
-#: Of a record: magic, number of lines, bytes of the body, CRC-32 of the body. The body is each
-#: line's length, and the lines with newlines between them: for whoever looks, since a line may
+#: Of a record: magic, number of lines, bytes of the body, CRC-32 of these two and the body. That is
+#: each line's length, and the lines with newlines between them: for whoever looks, since a line may
 #: have newlines of its own. No UTF-8 has a byte 255.
 _HEADER = struct.Struct("<4sIII")
+_SIZES = struct.Struct("<II")
 _MAGIC = b"\xffCI1"
 _LOCK, _SEGMENT, _HAND = ".lock", ".spool", "hand"
 #: File systems whose locks or writes other machines, or other programs, answer for.
@@ -53,7 +55,11 @@ _left: set[tuple[int, Path]] = set()
 def pack(lines: list[bytes]) -> bytes:
     """One record."""
     body = struct.pack(f"<{len(lines)}I", *map(len, lines)) + b"\n".join(lines)
-    return _HEADER.pack(_MAGIC, len(lines), len(body), zlib.crc32(body)) + body
+    return _HEADER.pack(_MAGIC, len(lines), len(body), _crc(len(lines), body)) + body
+
+
+def _crc(count: int, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, zlib.crc32(_SIZES.pack(count, len(body))))
 
 
 def records(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int]]:
@@ -63,7 +69,7 @@ def records(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int]]:
             return
         _, count, size, crc = _HEADER.unpack_from(data, start)
         end = start + _HEADER.size + size
-        if end <= len(data) and zlib.crc32(memoryview(data)[end - size : end]) == crc:
+        if end <= len(data) and _crc(count, memoryview(data)[end - size : end]) == crc:
             yield start, end, count
             start = end
         else:
@@ -121,8 +127,11 @@ class Spool:
 
     Args:
         name: The database's name, for the log and the folder's name.
+        destination: Where its lines go, and all that they are read by there. What was spooled for
+            another one stays where it is.
         folder: Where all databases' folders are. Made, private, if it is not there.
-        most_bytes: Of all segments; the oldest is deleted first.
+        most_bytes: Of all segments, of all processes; the oldest is deleted first, those of the
+            processes that live left alone.
         counters: The writer's row for this database.
         report: Where it is said what is lost or cannot be read.
         fsync: Wait until what is written would outlast a loss of power.
@@ -130,7 +139,7 @@ class Spool:
 
     Attributes:
         folder: This database's own.
-        bytes: Of all segments.
+        bytes: Of the segments that are this process's.
         lines: That wait in them, of which it is known.
 
     Raises:
@@ -147,6 +156,7 @@ class Spool:
     def __init__(
         self,
         name: str,
+        destination: str,
         folder: str,
         most_bytes: int,
         counters: memoryview,
@@ -161,26 +171,73 @@ class Spool:
         self._report = report
         self._fsync = fsync
         self._clock = clock
-        self.folder = Path(folder) / quote(name, safe="").replace(".", "%2E")
-        _make_private(self.folder)
+        stem = quote(name, safe="").replace(".", "%2E")
+        place = blake2b(destination.encode(), digest_size=4).hexdigest()
+        self.folder = Path(folder) / f"{stem}-{place}"
         self.bytes = self.lines = 0
+        self._others = 0  # bytes of the segments of other processes, at the last look
         self._lock = threading.RLock()
         self._owners: list[_Owner] = []
         self._segments: deque[_Segment] = deque()
         self._out: int | None = None  # the last of them, if it may be appended to
         self._hand: int | None = None
         self._read: tuple[_Segment, bytes, deque[tuple[int, int, int]]] | None = None
-        self._own = self._begin()
         self._number = 0
         self._next_look = self._clock()
+        self._own = self._begin()
+        self._say_what_is_not_sent(re.compile(rf"{re.escape(stem)}-[0-9a-f]{{8}}"))
+
+    def _say_what_is_not_sent(self, ours: re.Pattern[str]) -> None:
+        """What was spooled for other destinations of a database of this name."""
+        files = [
+            path
+            for path in self.folder.parent.glob(f"*/*{_SEGMENT}")
+            if ours.fullmatch(path.parent.name) and path.parent != self.folder and _size(path)
+        ]
+        if files:
+            self._report.warn(
+                "spool elsewhere",
+                "%s: %d files in %s were spooled for another server or database, and wait for it",
+                self._name,
+                len(files),
+                ", ".join(sorted({str(path.parent) for path in files})),
+            )
 
     def _begin(self) -> _Owner:
+        _make_private(self.folder)
         while True:
             path = self.folder / f"{time.time_ns():016x}-{os.getpid()}{_LOCK}"
             lock = _locked(path)
             if lock is not None:
+                os.pwrite(lock, b" " * 300 + b"\n", 0)  # room for notes, be the disk full by then
                 self._owners.append(_Owner(path, lock))
                 return self._owners[-1]
+
+    def _begin_anew_if_removed(self) -> None:
+        """Somebody has removed our files: what is gone is lost, and what is there, another's."""
+        if os.fstat(self._own.lock).st_nlink and (
+            self._out is None or os.fstat(self._out).st_nlink
+        ):
+            return
+        self._close_segment()
+        gone = sum(segment.lines or 0 for segment in self._segments if not segment.path.exists())
+        if self._read:
+            gone += sum(count for *_, count in self._read[2])
+        self._counters[LOST] += gone
+        self._report.warn(
+            "spool removed",
+            "%s: files of the spool %s were removed while in use; %d lines lost",
+            self._name,
+            self.folder,
+            gone,
+        )
+        for owner in self._owners:
+            owner.release(is_done=False)
+        self._owners.clear()
+        self._segments.clear()
+        self._read = None
+        self.bytes = self.lines = 0
+        self._own = self._begin()
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -188,8 +245,11 @@ class Spool:
         """Write a batch after all others."""
         record = pack(lines)
         with self._lock:
-            self._make_room(len(record))
+            self._begin_anew_if_removed()
             if self._out is None or self._segments[-1].size >= self._longest_segment:
+                self._open_segment()
+            self._make_room(len(record))
+            if self._out is None:
                 self._open_segment()
             segment, out = self._segments[-1], cast("int", self._out)
             try:
@@ -211,6 +271,7 @@ class Spool:
 
     def _open_segment(self) -> None:
         self._close_segment()
+        self._look_around()
         self._number += 1
         path = self._path(f"{self._number:08d}")
         self._out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -243,17 +304,46 @@ class Spool:
             if self._hand is not None:
                 os.ftruncate(self._hand, 0)
 
+    def replace(self, lines: list[bytes]) -> None:
+        """Write what is left of the batch that ``head`` gave after all others, and pop that."""
+        with self._lock:
+            if not self._read or not self._read[2]:
+                self.append(lines)
+                return
+            waiting = self._read[2]
+            start, end, count = waiting[0]
+            waiting[0] = start, end, 0  # should it be in the oldest segment, and this be full
+            self.lines -= count
+            try:
+                self.append(lines)
+            except OSError:
+                waiting[0] = start, end, count
+                self.lines += count
+                raise
+            self._counters[SPOOLED] -= len(lines)  # they were before
+            self.pop()
+
+    def _look_around(self) -> None:
+        """Learn what other processes have here; adopt what the dead have, if all is too much."""
+        ours = {segment.path for segment in self._segments}
+        if self._read:
+            ours.add(self._read[0].path)
+        found = (path for path in self.folder.glob(f"*{_SEGMENT}") if path not in ours)
+        self._others = sum(map(_size, found))
+        if self._others and self.bytes + self._others + self._longest_segment > self._most_bytes:
+            self._adopt()
+
     def _make_room(self, size: int) -> None:
         """Delete the oldest segments until ``size`` bytes more are within the limit."""
         dropped = 0
-        while self.bytes + size > self._most_bytes and (self._read or self._segments):
+        while self.bytes + self._others + size > self._most_bytes and (
+            self._read or len(self._segments) > 1
+        ):
             if self._read:
                 dropped += sum(count for *_, count in self._read[2])
                 self._finish_reading()
             else:
                 segment = self._segments.popleft()
-                if not self._segments:
-                    self._close_segment()
                 if segment.lines is None:
                     with contextlib.suppress(OSError):
                         self._load(segment)
@@ -283,8 +373,9 @@ class Spool:
                         return unpack(data, start, count)
                     self._finish_reading()
                 elif self._segments:
-                    self._read_next()
-                elif not self._adopt():
+                    if not self._read_next():
+                        return None
+                elif not self._is_time_to_look() or not self._adopt():
                     return None
 
     def pop(self) -> None:
@@ -295,21 +386,25 @@ class Spool:
                 _, end, count = waiting.popleft()
                 self.lines -= count
                 if waiting:
-                    segment.owner.note(segment.path, end)
+                    try:
+                        segment.owner.note(segment.path, end)
+                    except OSError as error:
+                        self._warn_of(error)
                 else:
                     self._finish_reading()
 
-    def _read_next(self) -> None:
+    def _read_next(self) -> bool:
         segment = self._segments.popleft()
         if not self._segments:
             self._close_segment()
         try:
             self._read = segment, *self._load(segment)
-        except OSError as error:  # it stays there, for whoever can
+        except OSError as error:  # it may be better by and by
             self._warn_of(error)
-            self.bytes -= segment.size
-            self.lines -= segment.lines or 0
-            self._counters[LOST] += segment.lines or 0
+            self._close_segment()
+            self._segments.append(segment)
+            return False
+        return True
 
     def _load(self, segment: _Segment) -> tuple[bytes, deque[tuple[int, int, int]]]:
         """Read a segment, and count its lines if they are not yet counted."""
@@ -350,11 +445,14 @@ class Spool:
             self._owners.remove(owner)
             owner.release(is_done=True)
 
-    def _adopt(self) -> bool:
-        """Take over the segments of owners that have died; whether there are any. Not too often."""
+    def _is_time_to_look(self) -> bool:
         if self._clock() < self._next_look:
             return False
         self._next_look = self._clock() + self.LOOK
+        return True
+
+    def _adopt(self) -> bool:
+        """Take over the segments of owners that have died; whether there are any."""
         try:
             files = list(self.folder.iterdir())
         except OSError as error:
@@ -378,7 +476,7 @@ class Spool:
             owner = _Owner(path, lock)
             # Only now: until it was ours, another may have removed some.
             found = [
-                _Segment(segment, owner, segment.stat().st_size)
+                _Segment(segment, owner, _size(segment))
                 for segment in sorted(self.folder.glob(f"{path.stem}.*{_SEGMENT}"))
             ]
         except OSError as error:
@@ -386,9 +484,12 @@ class Spool:
             return
         if found:
             self._owners.append(owner)
-            self._segments.extend(found)
-            self.bytes += sum(segment.size for segment in found)
-            self._close_segment()
+            # Before our own, which are younger; after those that were adopted before.
+            adopted = [segment for segment in self._segments if segment.owner is not self._own]
+            self._segments = deque([*adopted, *found, *list(self._segments)[len(adopted) :]])
+            size = sum(segment.size for segment in found)
+            self.bytes += size
+            self._others = max(0, self._others - size)
         else:
             owner.release(is_done=True)
 
@@ -398,6 +499,13 @@ class Spool:
         )
 
     # -- the end ---------------------------------------------------------------------------------
+
+    def is_free(self, timeout: float) -> bool:
+        """Whether no other thread is at the disk for longer than ``timeout`` seconds."""
+        if not self._lock.acquire(timeout=timeout):
+            return False
+        self._lock.release()
+        return True
 
     def close(self) -> None:
         """Give back files and locks; what waits is for the next who comes."""
@@ -423,7 +531,8 @@ class Spool:
         """In a forked child: close its copies. The locks are the parent's alone."""
         for descriptor in (self._out, self._hand, *(owner.lock for owner in self._owners)):
             if descriptor is not None:
-                os.close(descriptor)
+                with contextlib.suppress(OSError):  # the fork came in the middle of `close`
+                    os.close(descriptor)
         self._out = self._hand = None
         self._owners.clear()
 
@@ -444,6 +553,13 @@ def _locked(path: Path) -> int | None:
         raise
     os.close(lock)
     return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone meanwhile
+        return 0
 
 
 def _make_private(folder: Path) -> None:

@@ -95,7 +95,7 @@ class Setup:
         row = self.counters.row(0)
         report = Report(logging.getLogger("tests.batcher"))
         self.buffer = Buffer(max_lines, 10_000_000)
-        disk = Spool("metrics", str(spool), 1_000_000, row, report) if spool else None
+        disk = Spool("metrics", "here", str(spool), 1_000_000, row, report) if spool else None
         self.batcher = Batcher(
             "metrics",
             self.buffer,
@@ -172,6 +172,53 @@ def test_what_is_on_disk_is_sent_without_a_new_line_when_the_server_is_back(make
     assert away.stored == [b"first"]
     setup.buffer.put([b"second"])
     assert setup.batcher.flush(5) is True
+
+
+def test_while_it_catches_up_a_live_batch_with_bad_lines_loses_these_alone(make, tmp_path) -> None:
+    away = Away()
+    setup = make(away, spool=tmp_path, flush_interval=0.02)
+    setup.buffer.put([b"old"])
+    assert setup.batcher.flush(5) is False
+    judged: list[bytes] = []
+
+    def write(payload: bytes) -> int:
+        judged.append(payload)
+        if b"bad" in payload:
+            raise SendError("bad lines", "400")
+        away.stored += payload.split(b"\n")
+        return 0
+
+    away.write = write  # type: ignore[method-assign, assignment]
+    for number in range(5):
+        setup.buffer.put([b"%d" % number, b"bad", b"good"])
+        setup.batcher.flush(5)
+    wait_for(lambda: len(away.stored) == 11, 10, "all that is good is stored")
+    assert sorted(away.stored) == sorted([b"old", *(b"%d" % n for n in range(5)), *[b"good"] * 5])
+    assert setup.counted()["rejected"] == 5
+
+
+def test_the_end_does_not_wait_for_a_disk_that_stands_still(make, gate: Gate, tmp_path) -> None:
+    setup = make(gate, spool=tmp_path)
+    spool = setup.batcher._delivery._spool
+    assert spool
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def hold_the_lock() -> None:
+        with spool._lock:
+            stuck.set()
+            go_on.wait(20)
+
+    thread = threading.Thread(target=hold_the_lock)
+    thread.start()
+    assert stuck.wait(5)
+    gate.open.clear()
+    setup.buffer.put([b"1", b"2"])
+    setup.batcher.wake()
+    begin = time.monotonic()
+    assert setup.batcher.close(0.1) is False
+    assert time.monotonic() - begin < 2
+    go_on.set()
+    thread.join(5)
 
 
 def test_in_an_outage_the_buffer_is_empty_and_flush_has_an_attempt_made(make, tmp_path) -> None:

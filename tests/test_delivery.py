@@ -224,7 +224,7 @@ class Scene:
         row = self.counters.row(0)
         report = Report(logging.getLogger("tests.delivery"), clock=lambda: self.now)
         if spool:
-            self.spool = Spool("metrics", str(spool), 10_000_000, row, report)
+            self.spool = Spool("metrics", "here", str(spool), 10_000_000, row, report)
         self.delivery = Delivery(
             "metrics",
             server,
@@ -398,6 +398,30 @@ def test_what_a_server_answers_again_and_again_is_lost(caplog: pytest.LogCapture
         "errors_busy": 4,
     }
     assert caplog.messages[-1] == "metrics: it said 500; mend it so; 3 lines lost after 4 attempts"
+
+
+def test_one_long_line_does_not_shorten_all_later_batches_for_good() -> None:
+    scene = Scene(Server())
+    scene.server.judge = lambda lines: failure("413") if b"long" in lines else 0
+    scene.delivery.deliver([b"%d" % number for number in range(999)] + [b"long"])
+    scene.go_on()
+    assert scene.counted()["rejected"] == 1
+    assert scene.delivery.most_lines == 500
+
+    for _ in range(50):
+        scene.delivery.deliver([b"x"] * scene.delivery.most_lines)
+    assert scene.delivery.most_lines > 1_000
+
+
+def test_how_many_lines_a_server_takes_at_once_is_learned() -> None:
+    scene = Scene(Server())
+    scene.server.judge = lambda lines: failure("413") if len(lines) > 300 else 0
+    for _ in range(100):
+        scene.delivery.deliver([b"x"] * min(1_000, scene.delivery.most_lines))
+        scene.go_on()
+    assert 150 <= scene.delivery.most_lines <= 305
+    assert len(scene.server.payloads) < 130
+    assert "rejected" not in scene.counted()
 
 
 @pytest.mark.parametrize("cause", ["405", "300", "402"])

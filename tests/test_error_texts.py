@@ -965,10 +965,17 @@ def _look_up(answer: Any, times: int) -> Callable[[Parts], None]:
 
 def _spool_into_a_file(parts: Parts) -> None:
     """Where the folder should be made."""
-    path = parts.folder / "m"
+    path = parts.folder / "m-8b384454"
     path.write_bytes(b"")
     parts.words = str(path)
-    Spool("m", str(parts.folder), 1_000_000, Counters(1).row(0), Report(logging.getLogger("t")))
+    Spool(
+        "m",
+        "here",
+        str(parts.folder),
+        1_000_000,
+        Counters(1).row(0),
+        Report(logging.getLogger("t")),
+    )
 
 
 def _connect(parts: Parts) -> None:

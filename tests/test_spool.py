@@ -36,11 +36,19 @@ LINES = [b"a f=1", b'b f="two\nlines"', b"\xffCI1\xffCI1", b"", b"c" * 5_000]
 class One:
     """A spool, what it counts, and a clock."""
 
-    def __init__(self, folder: Path, *, most: int = 10_000_000, fsync: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        most: int = 10_000_000,
+        fsync: bool = False,
+        destination: str = "here",
+    ) -> None:
         self.now = 0.0
         self.counters = Counters(1)
         self.spool = Spool(
             "metrics",
+            destination,
             str(folder),
             most,
             self.counters.row(0),
@@ -117,8 +125,15 @@ def test_garbage_costs_the_records_it_falls_on_and_no_other() -> None:
             if starts[number] < place + len(garbage) and place < starts[number + 1]
         }
         found = [unpack(data, start, count) for start, _, count in records(bytes(data))]
-        spared = [batch(number) for number in range(20) if number not in hit]
-        assert [lines for lines in found if lines in spared] == spared
+        assert found == [batch(number) for number in range(20) if number not in hit]
+
+
+def test_no_single_bit_of_a_record_can_be_another() -> None:
+    data = pack(batch(0))
+    for place in range(8 * len(data)):
+        broken = bytearray(data)
+        broken[place // 8] ^= 1 << place % 8
+        assert not list(records(bytes(broken)))
 
 
 # -- in order and within the limit -------------------------------------------------------------
@@ -131,7 +146,7 @@ def test_batches_come_back_in_order_over_several_segments(make) -> None:
         one.spool.append(batch(number))
     assert len(files(one)) > 5
     assert one.spool.lines == 60
-    assert one.spool.bytes == sum(path.stat().st_size for path in one.spool.folder.iterdir())
+    assert one.spool.bytes == sum(path.stat().st_size for path in one.spool.folder.glob("*.spool"))
 
     assert one.all() == [batch(number) for number in range(20)]
 
@@ -153,7 +168,7 @@ def test_the_oldest_goes_first_when_it_is_full_and_is_counted(make, caplog) -> N
     one = make(most=4_000)
     for number in range(200):
         one.spool.append(batch(number))
-        assert sum(path.stat().st_size for path in one.spool.folder.iterdir()) <= 4_000
+        assert sum(path.stat().st_size for path in one.spool.folder.glob("*.spool")) <= 4_000
 
     kept = one.all()
 
@@ -188,8 +203,9 @@ def test_files_and_folder_are_for_nobody_else(make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["link", "file"])
 def test_a_folder_that_somebody_else_has_laid_there_is_not_used(tmp_path: Path, place: str) -> None:
-    spot = tmp_path / "spool" / "metrics"
-    spot.parent.mkdir()
+    One(tmp_path / "spool").spool.close()
+    (spot,) = (tmp_path / "spool").iterdir()
+    spot.rmdir()
     if place == "link":
         spot.symlink_to(tmp_path)
     else:
@@ -201,7 +217,9 @@ def test_a_folder_that_somebody_else_has_laid_there_is_not_used(tmp_path: Path, 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "Größe", "a b%"])
 def test_any_name_of_a_database_makes_one_folder(tmp_path: Path, name: str) -> None:
     counters = Counters(1)
-    spool = Spool(name, str(tmp_path), 1_000_000, counters.row(0), Report(logging.getLogger("t")))
+    spool = Spool(
+        name, "here", str(tmp_path), 1_000_000, counters.row(0), Report(logging.getLogger("t"))
+    )
     assert spool.folder.parent == tmp_path
     assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
     spool.close()
@@ -266,17 +284,101 @@ def test_of_many_dead_only_so_many_are_adopted_at_a_time(make) -> None:
     assert last.all() == [batch(number) for number in range(12)]
 
 
-def test_a_segment_that_cannot_be_read_stays_and_keeps_nobody_waiting(make, caplog) -> None:
+def test_a_segment_that_cannot_be_read_waits_and_keeps_no_other_waiting(make, caplog) -> None:
     one = make()
     one.spool.SEGMENT = 1
     one.spool.append(batch(0))
     one.spool.append(batch(1))
-    one.spool._segments[0].path.unlink()
-    one.spool._segments[0].path.mkdir()
-    assert one.all() == [batch(1)]
-    assert one.counted() == {"spooled": 6, "lost": 3}
+    path = one.spool._segments[0].path
+    data = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    assert one.all() == []
     assert "cannot be read: [Errno 21]" in caplog.text
+    assert one.all() == [batch(1)]
+    path.rmdir()
+    path.write_bytes(data)
+    assert one.all() == [batch(0)]
+    assert one.counted() == {"spooled": 6}
     assert one.spool.lines == one.spool.bytes == 0
+
+
+def test_one_limit_holds_for_all_processes_and_the_oldest_goes_first(make) -> None:
+    """Also of processes that have ended, while this one has segments of its own."""
+    for generation in range(6):
+        one = make(most=20_000)
+        for number in range(200):
+            one.spool.append(batch(1_000 * generation + number))
+        on_disk = sum(path.stat().st_size for path in one.spool.folder.glob("*.spool"))
+        assert on_disk <= 20_000 + 20_000 // 8
+        one.spool.close()
+    last = make(most=20_000)
+    kept = last.all()
+    assert kept == [batch(5_200 - len(kept) + number) for number in range(len(kept))]
+    assert len(kept) > 100
+
+
+def test_who_takes_over_from_many_drops_nothing_that_has_room(make) -> None:
+    for number in range(8):
+        one = make(most=20_000)
+        one.spool.append(batch(number))
+        one.spool.close()
+    one = make(most=20_000)
+    assert one.spool.head() == batch(0)
+    one.spool.append(batch(8))
+    assert one.all() == [batch(number) for number in range(9)]
+    assert "dropped" not in one.counted()
+
+
+def test_what_was_spooled_for_another_destination_stays(tmp_path: Path, caplog) -> None:
+    shop = One(tmp_path, destination="shop")
+    shop.spool.append(batch(0))
+    shop.spool.close()
+    pay = One(tmp_path, destination="payroll")
+    assert pay.all() == []
+    assert "1 files in" in caplog.text
+    assert "were spooled for another server or database, and wait for it" in caplog.text
+    pay.spool.close()
+    again = One(tmp_path, destination="shop")
+    assert again.all() == [batch(0)]
+    again.spool.close()
+
+
+@pytest.mark.parametrize("what", ["segment", "lock", "folder"])
+def test_files_that_somebody_removes_are_made_again(make, caplog, what: str) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    for path in list(one.spool.folder.iterdir()):
+        if what == "folder" or path.suffix == (".lock" if what == "lock" else ".spool"):
+            path.unlink()
+    if what == "folder":
+        one.spool.folder.rmdir()
+    one.spool.append(batch(1))
+    assert one.all() == [batch(1)] if what != "lock" else [batch(0), batch(1)]
+    assert one.counted().get("lost", 0) == (0 if what == "lock" else 3)
+    assert "were removed while in use" in caplog.text
+
+
+def test_what_is_left_of_a_batch_replaces_it(make) -> None:
+    one = make()
+    for number in range(3):
+        one.spool.append(batch(number))
+    assert one.spool.head() == batch(0)
+    one.spool.replace([b"rest"])
+    assert one.all() == [batch(1), batch(2), [b"rest"]]
+    assert one.spool.lines == one.spool.bytes == 0
+    assert one.counted() == {"spooled": 9}
+
+
+def test_a_note_has_its_room_before_the_disk_is_full(make) -> None:
+    one = make()
+    (lock,) = one.spool.folder.glob("*.lock")
+    size = lock.stat().st_size
+    one.spool.append(batch(0))
+    one.spool.append(batch(1))
+    one.spool.head()
+    one.spool.pop()
+    assert lock.stat().st_size == size > 100
 
 
 def test_what_others_left_comes_in_the_order_in_which_they_began(make) -> None:
@@ -365,7 +467,7 @@ CHILD = """
 
     folder, what = sys.argv[1:]
     report = Report(logging.getLogger("child"))
-    spool = Spool("metrics", folder, 10_000_000, Counters(1).row(0), report)
+    spool = Spool("metrics", "here", folder, 10_000_000, Counters(1).row(0), report)
     spool.append([b"first"])
     if what == "fork" and not os.fork():
         time.sleep(60)
@@ -570,24 +672,56 @@ def test_an_outage_of_days_loses_nothing_that_has_room(scene) -> None:
     assert away.server.stored == BATCH
 
 
-def test_a_batch_that_alone_is_not_taken_is_lost_after_its_tries(scene, caplog) -> None:
-    """As InfluxDB 1.x answers 500 to an unknown retention policy."""
+@pytest.mark.parametrize("cause", ["500", "403", "timeout"])
+def test_a_batch_that_alone_is_not_taken_is_lost_after_its_tries(scene, caplog, cause: str) -> None:
+    """As InfluxDB 1.x answers 500 to an unknown retention policy. Others do not wait meanwhile."""
     bad = scene(Server(failure("ECONNREFUSED")), tries=3)
     bad.delivery.deliver([b"bad"])
     bad.delivery.deliver([b"good"])
-    bad.server.judge = lambda lines: failure("500") if b"bad" in lines else 0
-    for number in range(3):
-        bad.now += bad.delivery.wait
-        assert (
-            bad.delivery.catch_up()
-        )  # without others that are taken it may try as often as it likes
-        bad.now += bad.delivery.wait
+    bad.server.judge = lambda lines: failure(cause) if b"bad" in lines else 0
+    bad.now += bad.delivery.wait
+    for number in range(4):
         bad.delivery.deliver(batch(number))
-    while bad.delivery.catch_up():
-        bad.now += bad.delivery.wait
+        assert bad.delivery.wait == 0
+        bad.now += 31
+        bad.delivery.catch_up()
     assert b"good" in bad.server.stored
     assert bad.counted()["lost"] == 1
+    assert bad.counted()["sent"] == 13
     assert "1 lines lost after 3 attempts" in caplog.text
+
+
+def test_it_may_be_tried_as_often_as_it_likes_while_nothing_else_is_taken(scene) -> None:
+    away = scene(Server(), tries=3)
+    away.server.judge = lambda lines: failure("500")
+    away.delivery.deliver([b"first"])
+    for _ in range(20):
+        away.now += away.delivery.wait
+        assert away.delivery.catch_up()
+    away.server.judge = None
+    away.now += away.delivery.wait
+    assert away.delivery.catch_up()
+    assert away.server.stored == [b"first"]
+
+
+def test_a_server_may_ask_for_an_hour_and_no_more(scene) -> None:
+    away = scene(Server(failure("503", 1e9)))
+    away.delivery.deliver([b"first"])
+    assert away.delivery.wait == 3_600
+
+
+def test_nothing_comes_from_the_disk_while_a_batch_is_held(scene) -> None:
+    back = scene(Server(failure("ECONNREFUSED")))
+    back.delivery.deliver([b"old"])
+    back.now += back.delivery.wait
+    back.server.judge = lambda given: failure("400") if b"bad" in given else 0
+    back.delivery.deliver([b"a", b"bad", b"b", b"c"])
+    assert back.delivery.held == 4
+    assert not back.delivery.catch_up()
+    assert back.delivery.held == 4
+    back.go_on()
+    assert back.delivery.catch_up()
+    assert back.server.stored == [b"a", b"b", b"c", b"old"]
 
 
 def test_bad_lines_are_found_in_what_comes_from_the_disk(scene) -> None:
@@ -683,9 +817,9 @@ def test_whatever_the_server_does_each_line_is_accounted_for(scene, seed: int) -
             wild.delivery.catch_up()
     wild.server.judge = lambda lines: 0
     wild.go_on()
-    wild.now += wild.delivery.wait
+    wild.now += 100
     while wild.delivery.catch_up():
-        pass
+        wild.now += 100
     found = wild.counted()
     settled = sum(found.get(name, 0) for name in ("sent", "dropped", "lost", "rejected"))
     assert settled == given
@@ -723,7 +857,9 @@ class Town:
         report = Report(logging.getLogger("tests.spool"), clock=lambda: self.now)
         row = counters.row(0)
         self.buffer = make_buffer(100_000, 33_554_432)
-        self.spool = Spool("metrics", str(folder), 16_000_000, row, report, clock=lambda: self.now)
+        self.spool = Spool(
+            "metrics", "here", str(folder), 16_000_000, row, report, clock=lambda: self.now
+        )
         delivery = Delivery(
             "metrics",
             self,

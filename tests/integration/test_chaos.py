@@ -142,7 +142,7 @@ class Scene:
 
     def has_spooled(self) -> bool:
         """Whether anything waits on disk."""
-        return any(path.stat().st_size for path in self.folder.glob("spool/main/*.spool"))
+        return any(path.stat().st_size for path in self.folder.glob("spool/main-*/*.spool"))
 
     def close(self) -> None:
         with contextlib.suppress(AssertionError):
