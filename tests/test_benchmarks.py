@@ -135,6 +135,6 @@ def test_an_unknown_part_is_named_with_those_there_are():
 
     assert done.returncode == 2
     assert (
-        "no part wroker; expected one of send_data, task, relay, batcher, stalls, influxd, udp, worker, threads, import"
+        "no part wroker; expected one of send_data, task, relay, batcher, spool, stalls, influxd, udp, worker, threads, import"
         in done.stderr
     )

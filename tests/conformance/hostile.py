@@ -21,7 +21,7 @@ from celery_influx.line_reader import parse
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.relay import RelayEnd
-from celery_influx.stamps import Stamps
+from celery_influx.stamps import make_stamps
 
 SEED = 20_160_707
 REFUSALS = Path(__file__).with_name("REFUSALS.md")
@@ -158,12 +158,12 @@ def sent(count: int, seed: int) -> Counter[str]:
         database.begin(
             counters.row(0),
             lambda: counters.total(0),
-            Stamps(1),
+            make_stamps(1),
             {},
             relay,
         )
 
-    database = Database(DatabaseOptions(), settle=begin)
+    database = Database(DatabaseOptions(field_types=False), settle=begin)
     hostile = Hostile(seed)
     found: Counter[str] = Counter()
     for _ in range(count // 16):
