@@ -220,6 +220,9 @@ class Spool:
         ):
             return
         self._close_segment()
+        hand, self._hand = self._hand, None
+        if hand is not None:
+            os.close(hand)
         gone = sum(segment.lines or 0 for segment in self._segments if not segment.path.exists())
         if self._read:
             gone += sum(count for *_, count in self._read[2])
@@ -485,8 +488,9 @@ class Spool:
         if found:
             self._owners.append(owner)
             # Before our own, which are younger; after those that were adopted before.
+            own = [segment for segment in self._segments if segment.owner is self._own]
             adopted = [segment for segment in self._segments if segment.owner is not self._own]
-            self._segments = deque([*adopted, *found, *list(self._segments)[len(adopted) :]])
+            self._segments = deque([*adopted, *found, *own])
             size = sum(segment.size for segment in found)
             self.bytes += size
             self._others = max(0, self._others - size)

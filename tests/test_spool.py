@@ -303,6 +303,31 @@ def test_a_segment_that_cannot_be_read_waits_and_keeps_no_other_waiting(make, ca
     assert one.spool.lines == one.spool.bytes == 0
 
 
+def test_what_is_adopted_while_another_segment_cannot_be_read_takes_no_place(make) -> None:
+    for number in range(2):
+        left = make()
+        left.spool.append(batch(number))
+        left.spool.close()
+        if not number:
+            (unreadable,) = left.spool.folder.glob("*.spool")
+    data = unreadable.read_bytes()
+    unreadable.unlink()
+    unreadable.mkdir()
+    one = make()
+    one.spool.append(batch(2))
+    assert one.all() == [batch(2)]
+    assert one.all() == [batch(1)]
+    one.spool.append(batch(3))
+    assert one.spool.head() is None  # the other one stands behind this now
+    third = make()
+    third.spool.append(batch(4))
+    third.spool.close()
+    one.spool._adopt()
+    unreadable.rmdir()
+    unreadable.write_bytes(data)
+    assert sorted(one.all()) == [batch(number) for number in (0, 3, 4)]
+
+
 def test_one_limit_holds_for_all_processes_and_the_oldest_goes_first(make) -> None:
     """Also of processes that have ended, while this one has segments of its own."""
     for generation in range(6):
