@@ -119,6 +119,7 @@ def test_every_worker_variant_is_measured_and_really_watched():
     assert spans >= tasks
 
 
+@pytest.mark.long
 def test_import_is_measured_and_its_modules_named():
     output = run("import", "--rounds", "2", "--size", "3")
 

@@ -216,6 +216,7 @@ def test_switched_off_it_does_nothing(broker: str, sender: Celery, tmp_path: Pat
     assert "celery_influx is switched off (influx_enabled)" in worker.log()
 
 
+@pytest.mark.long  # in short: test_a_worker_that_is_told_to_end_sends_all_that_was_accepted
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
 def test_the_points_of_the_last_tasks_are_sent_when_a_worker_ends(
     number: signal.Signals, influxd: Influxd, database: str, broker: str, tmp_path: Path
@@ -238,24 +239,3 @@ def test_the_points_of_the_last_tasks_are_sent_when_a_worker_ends(
 
     expected = 51 if number == signal.SIGTERM else 50
     assert influxd.count("celery_task", "runtime", database) == expected
-
-
-def test_children_that_are_replaced_lose_no_point(
-    influxd: Influxd, database: str, broker: str, tmp_path: Path
-) -> None:
-    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=600"
-    plain = publisher(broker)
-    options = ["--max-tasks-per-child", "1"]
-
-    with Worker(
-        tmp_path, "states", broker, {"influx_databases": {"metrics": url}}, options=options
-    ) as worker:
-        for result in [plain.send_task("states.succeed", [each]) for each in range(20)]:
-            result.get(timeout=30)
-        wait_for(lambda: stats(plain, worker)["metrics"]["points"] == 20, 10)
-        account = stats(plain, worker)["metrics"]
-        assert worker.stop() == 0
-
-    assert account["queued"] == 20
-    assert account["dropped"] == account["lost"] == account["rejected"] == 0
-    assert influxd.count("celery_task", "runtime", database) == 20

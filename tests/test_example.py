@@ -281,7 +281,9 @@ def test_on_a_terminal_progress_is_one_line_that_changes_and_goes_away(tmp_path:
     assert "none lost." in shown[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_stopped_run_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
     with working(tmp_path) as process:
         process.send_signal(number)

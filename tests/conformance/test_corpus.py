@@ -78,10 +78,11 @@ AGREEMENT = {
 }
 
 
-def test_influxd_and_decode_agree_on_each_line(influxd: Influxd, database: str) -> None:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_influxd_and_decode_agree_on_each_line(influxd: Influxd, database: str, step: int) -> None:
     session = requests.Session()
     counts: Counter[str] = Counter()
-    for number, case in enumerate(CORPUS["decode"]):
+    for number, case in enumerate(CORPUS["decode"][::step]):
         line = case["line"].encode("latin-1")
         points, reasons = parse(line)
         name = database
@@ -103,7 +104,9 @@ def test_influxd_and_decode_agree_on_each_line(influxd: Influxd, database: str) 
             assert any(reason in error for reason in reasons), line
         counts[_class(case, points, error)] += 1
 
-    assert counts == AGREEMENT
+    if step == 1:
+        assert counts == AGREEMENT
+    assert counts.keys() <= AGREEMENT.keys()
 
 
 def _class(case: dict[str, Any], points: list[Point], error: str) -> str:

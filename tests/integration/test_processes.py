@@ -173,7 +173,7 @@ def post_worker_init(worker):
     ("worker", "preload"),
     [
         ("sync", "preload"),
-        ("gthread", ""),
+        pytest.param("gthread", "", marks=pytest.mark.long),
         pytest.param("gevent", "", marks=pytest.mark.long),
         ("gevent", "preload"),
         pytest.param("sync", "", marks=pytest.mark.long),
@@ -580,7 +580,7 @@ def test_beat_alone_sends_all_that_it_took(
 # -- a worker's tasks that start processes ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.mark.parametrize("pool", ["prefork", pytest.param("threads", marks=pytest.mark.long)])
 def test_processes_that_tasks_start_send_their_own_points(
     pool: str,
     influxd: Influxd,
@@ -719,6 +719,7 @@ def test_detached_workers_send_all_that_their_tasks_made(
     assert is_clean(log_of(tmp_path)), log_of(tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.long), 32])
 def test_each_child_of_a_pool_has_a_slot_of_its_own(
     concurrency: int,

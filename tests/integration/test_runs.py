@@ -782,7 +782,14 @@ def test_a_run_of_a_task_that_came_with_a_restart_of_the_pool_has_its_point(benc
 
 @pytest.mark.alone
 @pytest.mark.parametrize("bench", [{"result_backend": "redis://127.0.0.1:9/0"}], indirect=True)
-@pytest.mark.parametrize("how", ["success", "failure", "retry", "unregistered"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "success",
+        "unregistered",
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("failure", "retry")),
+    ],
+)
 def test_a_result_backend_that_is_down_takes_no_point(bench: Bench, how: str) -> None:
     row = ROWS[how]
     with bench.worker:
