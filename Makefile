@@ -22,7 +22,7 @@ demo: $(VENV)/.demo $(if $(findstring redis,$(BROKER)),$(VENV)/.redis)
 
 test: $(VENV)/.test
 	@sh scripts/install-servers.sh || true # it says which tests are skipped then
-	$(BIN)/python -m pytest -n 6 $(ARGS)
+	$(BIN)/python -m pytest -n 5 $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from tests.servers import Influxd, RabbitMQ, Redis
 
 
 class Room:
-    """Where tests run: many at once (``pytest -n 6``), or one that is marked ``alone``.
+    """Where tests run: many at once (``pytest -n 5``), or one that is marked ``alone``.
 
     Locks on two files that are there anyway. Who waits for the room keeps the gate shut, or the
     others would never leave it empty.

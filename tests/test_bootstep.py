@@ -239,3 +239,24 @@ def test_the_points_of_the_last_tasks_are_sent_when_a_worker_ends(
 
     expected = 51 if number == signal.SIGTERM else 50
     assert influxd.count("celery_task", "runtime", database) == expected
+
+
+def test_children_that_are_replaced_lose_no_point(
+    influxd: Influxd, database: str, broker: str, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=600"
+    plain = publisher(broker)
+    options = ["--max-tasks-per-child", "1"]
+
+    with Worker(
+        tmp_path, "states", broker, {"influx_databases": {"metrics": url}}, options=options
+    ) as worker:
+        for result in [plain.send_task("states.succeed", [each]) for each in range(20)]:
+            result.get(timeout=30)
+        wait_for(lambda: stats(plain, worker)["metrics"]["points"] == 20, 10)
+        account = stats(plain, worker)["metrics"]
+        assert worker.stop() == 0
+
+    assert account["queued"] == 20
+    assert account["dropped"] == account["lost"] == account["rejected"] == 0
+    assert influxd.count("celery_task", "runtime", database) == 20

@@ -91,7 +91,7 @@ def test_make_test_runs_the_tests_all_the_same(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert listed(done.stderr) == MISSING
-    assert done.stdout.endswith("\npython -m pytest -n 6 -k relay\n")
+    assert done.stdout.endswith("\npython -m pytest -n 5 -k relay\n")
 
 
 def test_a_machine_that_has_them_all_is_left_alone(tmp_path: Path) -> None:
