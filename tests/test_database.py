@@ -1040,6 +1040,7 @@ def test_a_forked_child_does_not_send_the_parents_points_again(influxd: Influxd,
         assert sorted(row["f"] for row in rows if row["of"] == who) == list(range(count))
 
 
+@pytest.mark.once
 def test_a_forked_child_closes_none_of_the_numbers_it_inherited_later_on(
     make, server: Server, tmp_path
 ) -> None:
@@ -1070,6 +1071,7 @@ def test_a_forked_child_closes_none_of_the_numbers_it_inherited_later_on(
     assert len(server.points(3)) == 3
 
 
+@pytest.mark.once
 def test_what_a_forked_child_inherited_over_http_is_never_closed_by_a_finaliser(
     influxd: Influxd, make, tmp_path
 ) -> None:
@@ -1104,6 +1106,7 @@ def locks_of(database: Database) -> list[Any]:
     return [lock for lock in locks if lock]
 
 
+@pytest.mark.once
 def test_children_forked_while_threads_send_and_flush_can_send_and_flush(
     make, server: Server
 ) -> None:

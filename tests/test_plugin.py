@@ -367,6 +367,7 @@ def test_what_a_child_of_multiprocessing_sent_last_is_sent_at_its_end(
     assert len(receiver.points("child", at_least=1)) == 1
 
 
+@pytest.mark.once
 def test_a_fork_in_the_middle_of_many_threads_points_does_not_hang_the_child(
     receiver: Receiver,
 ) -> None:

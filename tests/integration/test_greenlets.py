@@ -207,7 +207,7 @@ def test_greenlets_side_by_side_have_runtimes_and_points_of_their_own(running: R
         assert run["runtime"] == pytest.approx(seconds[run["id"]], abs=0.2)
 
 
-@pytest.mark.parametrize("scheme", ["http", "udp"])
+@pytest.mark.parametrize("scheme", ["http", pytest.param("udp", marks=pytest.mark.once)])
 def test_a_warm_shutdown_in_the_middle_of_the_load_loses_no_point(
     library: str,
     scheme: str,

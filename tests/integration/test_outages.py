@@ -201,8 +201,8 @@ def test_with_any_kind_of_outage_tasks_keep_their_rate_and_memory_its_bounds(
 @pytest.mark.parametrize(
     ("scheme", "fault"),
     [
-        ("udp", "gone"),
-        ("http", "gone"),
+        pytest.param("udp", "gone", marks=pytest.mark.once),
+        pytest.param("http", "gone", marks=pytest.mark.once),
         pytest.param("http", "hung", marks=pytest.mark.long),
     ],
 )
@@ -321,6 +321,7 @@ def test_with_the_broker_down_tasks_keep_their_rate_and_no_point_is_lost(
     assert grown["with"] < grown["without"] + 3 * 1024
 
 
+@pytest.mark.once
 def test_a_hung_database_takes_nothing_from_another(
     influxd: Influxd,
     database: str,
