@@ -132,7 +132,6 @@ class Delivery:
         self._spread = spread
         self.failed = self.spooled = 0
         self.most_lines = sys.maxsize
-        self.is_away = False
         self._parts = Parts()  # of the batch
         # Of the oldest batch in the spool: failures while others were taken, and when it is due.
         self._head_failures = 0

@@ -252,13 +252,9 @@ class Spool:
             if self._out is None or self._segments[-1].size >= self._longest_segment:
                 self._open_segment()
             self._make_room(len(record))
-            if self._out is None:
-                self._open_segment()
             segment, out = self._segments[-1], cast("int", self._out)
             try:
-                _write(out, record)
-                if self._fsync:
-                    os.fsync(out)
+                self._write(out, record)
             except OSError:
                 os.ftruncate(out, segment.size)
                 raise
@@ -277,7 +273,7 @@ class Spool:
         self._look_around()
         self._number += 1
         path = self._path(f"{self._number:08d}")
-        self._out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._out = _open_to_append(path)
         self._segments.append(_Segment(path, self._own, 0, 0))
         if self._fsync:
             _sync_folder(self.folder)
@@ -287,6 +283,13 @@ class Spool:
         if out is not None:
             os.close(out)
 
+    def _write(self, file: int, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        if self._fsync:
+            os.fsync(file)
+
     def _path(self, part: str) -> Path:
         return self.folder / f"{self._own.path.stem}.{part}{_SEGMENT}"
 
@@ -294,12 +297,9 @@ class Spool:
         """Write the batch that is about to be sent where it is found if we end before it is."""
         with self._lock:
             if self._hand is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                self._hand = os.open(self._path(_HAND), flags, 0o600)
+                self._hand = _open_to_append(self._path(_HAND))
             os.ftruncate(self._hand, 0)
-            _write(self._hand, pack(lines))
-            if self._fsync:
-                os.fsync(self._hand)
+            self._write(self._hand, pack(lines))
 
     def release(self) -> None:
         """It has been sent, or appended."""
@@ -581,10 +581,8 @@ def _make_private(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-def _write(file: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
+def _open_to_append(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
 def _remove(path: Path) -> None:

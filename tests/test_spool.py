@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -225,17 +226,23 @@ def test_any_name_of_a_database_makes_one_folder(tmp_path: Path, name: str) -> N
     spool.close()
 
 
+@contextlib.contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """As with a full disk: of what is written, what is beyond fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_what_does_not_fit_on_the_disk_leaves_no_half_batch(make) -> None:
     one = make()
     one.spool.append(batch(0))
     size = one.spool.bytes
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, before[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            one.spool.append(batch(1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with no_file_longer_than(size + 50), pytest.raises(OSError, match="too large"):
+        one.spool.append(batch(1))
     assert one.spool.bytes == size
     one.spool.append(batch(2))
     assert one.all() == [batch(0), batch(2)]
@@ -755,27 +762,32 @@ def test_nothing_comes_from_the_disk_while_a_batch_is_held(scene) -> None:
     assert back.server.stored == [b"a", b"b", b"c", b"old"]
 
 
-def test_bad_lines_are_found_in_what_comes_from_the_disk(scene) -> None:
-    lines = [b"%d" % number for number in range(100)]
+A_HUNDRED = [b"%d" % number for number in range(100)]
+GOOD = [line for line in A_HUNDRED if line != b"41"]
+
+
+@pytest.fixture
+def searched(scene) -> Scene:
+    """``A_HUNDRED`` come from the disk, and have just been refused, for the server takes no 41."""
     back = scene(Server(failure("ECONNREFUSED")))
-    back.delivery.deliver(lines)
+    back.delivery.deliver(A_HUNDRED)
     back.now += back.delivery.wait
     back.server.judge = lambda given: failure("400") if b"41" in given else 0
     assert back.delivery.catch_up()
+    return back
+
+
+def test_bad_lines_are_found_in_what_comes_from_the_disk(searched: Scene) -> None:
+    back = searched
     back.go_on()
-    assert back.server.stored == [line for line in lines if line != b"41"]
+    assert back.server.stored == GOOD
     found = back.counted()
     assert (found["sent"], found["rejected"], found["spooled"]) == (99, 1, 100)
     assert not back.delivery.catch_up()
 
 
-def test_a_search_that_an_outage_ends_goes_on_afterwards(scene) -> None:
-    lines = [b"%d" % number for number in range(100)]
-    back = scene(Server(failure("ECONNREFUSED")))
-    back.delivery.deliver(lines)
-    back.now += back.delivery.wait
-    back.server.judge = lambda given: failure("400") if b"41" in given else 0
-    assert back.delivery.catch_up()
+def test_a_search_that_an_outage_ends_goes_on_afterwards(searched: Scene) -> None:
+    back = searched
     back.delivery.retry()
     back.delivery.retry()
     assert 0 < len(back.server.stored) < 99
@@ -785,7 +797,7 @@ def test_a_search_that_an_outage_ends_goes_on_afterwards(scene) -> None:
     back.now += back.delivery.wait
     assert back.delivery.catch_up()
     back.go_on()
-    assert sorted(back.server.stored) == sorted(line for line in lines if line != b"41")
+    assert sorted(back.server.stored) == sorted(GOOD)
     found = back.counted()
     assert (found["sent"], found["rejected"]) == (99, 1)
 
@@ -814,14 +826,10 @@ def test_always_means_before_the_first_attempt(scene, make) -> None:
 
 def test_a_disk_that_takes_nothing_leaves_it_as_it_is_without_a_spool(scene, caplog) -> None:
     full = scene(Server(*[failure("timeout")] * 2))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
+    with no_file_longer_than(10):
         full.delivery.deliver(BATCH)
         assert full.delivery.held == 3
         assert full.go_on() == [0.5, 1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.server.stored == BATCH
     assert "metrics: the spool fails: [Errno 27]" in caplog.text
 
