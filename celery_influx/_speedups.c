@@ -992,12 +992,13 @@ static int write_line(const Sender *self, const Line *line)
 
 static PyObject *write_point(Sender *self, const Line *line)
 {
-    *(uint64_t *)self->points.buf += 1;
     int lives = survives(self);
     if (lives < 0)
         return NULL;
-    if (lives && !self->refused && write_line(self, line))
+    if (lives && !self->refused && write_line(self, line)) {
+        *(uint64_t *)self->points.buf += 1;
         Py_RETURN_NONE;
+    }
     PyObject *bytes = PyBytes_FromStringAndSize(line->text, line->length);
     PyObject *taken = bytes == NULL ? NULL : PyObject_CallOneArg(self->wake, bytes);
     Py_XDECREF(bytes);

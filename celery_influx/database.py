@@ -17,7 +17,14 @@ from celery_influx.batcher import Batcher
 from celery_influx.buffer import Buffer, make_buffer
 from celery_influx.counters import CONFLICTS, DROPPED, LEFT_OUT, POINTS, REJECTED, Counters
 from celery_influx.delivery import Delivery
-from celery_influx.errors import ConfigError, FieldError, InfluxError, PointError
+from celery_influx.errors import (
+    INTERRUPTS,
+    ConfigError,
+    FieldError,
+    InfluxError,
+    PointError,
+    show,
+)
 from celery_influx.field_types import FieldTypes, TypeTable, server_types
 from celery_influx.line_protocol import Encoder
 from celery_influx.line_reader import decode
@@ -78,8 +85,6 @@ class Database(_Way):
             into a buffer of its own, with ``tags`` on each point.
         upstream: Called by ``flush`` with the seconds left; it waits for lines that others hand
             to this process, and says whether they all came.
-        passing: Exceptions that may come at any moment, from a signal handler, and mean the
-            caller, not the point: ``send_data`` lets them through.
         tags: Tags of every point, where ``settle`` is not given.
     """
 
@@ -91,7 +96,6 @@ class Database(_Way):
         enabled: bool = True,
         settle: Callable[[], None] | None = None,
         upstream: Callable[[float], bool] | None = None,
-        passing: tuple[type[Exception], ...] = (),
         tags: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options
@@ -99,7 +103,6 @@ class Database(_Way):
         self._enabled = enabled
         self._settle = settle or self._begin_alone
         self._upstream = upstream
-        self._passing = passing
         self._tags = tags or {}
         # A small queue must not be full before the batch that wakes the batcher is.
         self._wake_lines = min(options.batch_size, max(1, options.queue_size // 2))
@@ -177,8 +180,7 @@ class Database(_Way):
         except Exception as error:  # noqa: BLE001 - and so may any object when it is read
             self._reject(error)
             return
-        self._counters[POINTS] += 1
-        self._put((line,))
+        self._put(line)
 
     def send_line(self, line: bytes, wrong: Exception | None = None) -> None:
         """Queue a line of ``encode``'s, b"" for none.
@@ -186,8 +188,7 @@ class Database(_Way):
         ``wrong``: what making it raised, to be dealt with as ``send_data`` does.
         """
         if line:
-            self._counters[POINTS] += 1
-            self._put((line,))
+            self._put(line)
         if wrong:
             self._reject(wrong)
 
@@ -213,18 +214,21 @@ class Database(_Way):
         self._queue(lines)
 
     def _reject(self, error: Exception) -> None:
-        cause = error.__cause__ if isinstance(error, PointError) else error
-        if cause is not None and isinstance(cause, (*self._passing, ConfigError)):
-            raise cause  # no point's fault: the task's time is up, or the configuration is wrong
+        if isinstance(error, ConfigError):
+            raise error  # no point's fault
         if not isinstance(error, PointError):
-            error = PointError(
-                f"the point cannot be read: {_say(error)}; "
-                "expected a Point or a mapping of plain values"
+            cause, error = (
+                error,
+                PointError(
+                    f"the point cannot be read: {show(error)}; "
+                    "expected a Point or a mapping of plain values"
+                ),
             )
             error.__cause__ = cause
         self._settled()
-        self._counters[POINTS] += 1
-        self._counters[REJECTED] += 1
+        cells = self._counters
+        # In one statement without a call, for a signal's handler runs only between two.
+        cells[POINTS], cells[REJECTED] = cells[POINTS] + 1, cells[REJECTED] + 1
         if self._strict:
             raise error
         self._report.warn("point", "%s: rejected a point: %s", self.name, error)
@@ -386,7 +390,7 @@ class Database(_Way):
         self._counters = counters
         self._account = account
         self._relay = relay
-        self._put = self._hand_over if relay else self._queue
+        self._put = self._hand_over if relay else self._keep
         self._constant, self.stamps, self.heads = tags, stamps, {}
         self._types = types or TypeTable()
         # Last: other threads take it as the sign that all the rest is there.
@@ -506,7 +510,7 @@ class Database(_Way):
                 relay.database,
                 points,
                 self._send,
-                self._put_relay,
+                self._hand_over,
                 handler_of,
             )
             return quick
@@ -524,6 +528,8 @@ class Database(_Way):
     def _start(self) -> None:
         try:
             self.start()
+        except tuple(INTERRUPTS):
+            raise
         except Exception as error:  # noqa: BLE001
             # "can't start new thread": at the end of the interpreter, or at the user's limit.
             self._report.warn("thread", "%s: points wait unsent: %s", self.name, error)
@@ -548,7 +554,7 @@ class Database(_Way):
         self._accept = self._send
         self._batcher = None
         self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
-        self._report = Report(logger, passing=self._passing)
+        self._report = Report(logger)
         self._unrelayed = 0
         self._relay = None
         self._starting = threading.RLock()
@@ -605,19 +611,18 @@ class Database(_Way):
             TypeTable.CELLS,
         )
 
-    def _hand_over(self, lines: Sequence[bytes]) -> None:
-        for line in lines:
-            self._put_relay(line)
-
-    def _put_relay(self, line: bytes) -> bool:
-        taken = self._relay is not None and self._relay.put(line)
+    def _hand_over(self, line: bytes) -> bool:
+        """Count a point, and write its line to the worker; whether that took it."""
+        taken, cells = False, self._counters
+        try:
+            taken = self._relay is not None and self._relay.put(line)
+        finally:
+            # A soft time limit may come in there, too. Counted in one statement without a call,
+            # for a signal's handler runs only between two.
+            cells[POINTS], cells[DROPPED] = cells[POINTS] + 1, cells[DROPPED] + (not taken)
         if not taken:
-            self._count_unrelayed()
+            self.say_unrelayed()
         return taken
-
-    def _count_unrelayed(self) -> None:
-        self._counters[DROPPED] += 1
-        self.say_unrelayed()
 
     def say_unrelayed(self) -> None:
         """A line that was counted as dropped: the next ``flush`` is false, and a warning is due."""
@@ -625,6 +630,10 @@ class Database(_Way):
         self._report.warn(
             "relay", "%s: dropped a line: the worker did not take it in time", self.name
         )
+
+    def _keep(self, line: bytes) -> None:
+        self._counters[POINTS] += 1
+        self._queue((line,))
 
     def _queue(self, lines: Sequence[bytes]) -> None:
         buffer = self._buffer
@@ -686,13 +695,6 @@ def _without_newlines(encode: Callable[[Point], bytes]) -> Callable[[Point], byt
     return encode_on_one_line
 
 
-def _say(error: Exception) -> str:
-    try:
-        return repr(error)
-    except Exception:  # noqa: BLE001
-        return type(error).__name__
-
-
 def _as_point(given: object) -> Point:
     """The one point that ``given`` stands for.
 
@@ -731,7 +733,7 @@ def _from_line(given: Any) -> Point:
         unit = str(getattr(given, "write_precision", None) or "ns")
         point: Point | None = decode(line.encode()) if line else None
     except Exception as error:  # a user's class may raise anything
-        raise PointError(f"{source} failed: {_say(error)}; expected one line of text") from error
+        raise PointError(f"{source} failed: {show(error)}; expected one line of text") from error
     if point is None:
         raise FieldError(
             f"{source} gave nothing, which is a point without fields; "

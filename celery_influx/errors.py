@@ -15,6 +15,28 @@ Each takes one string, so that Celery's JSON result backends carry it unharmed.
 
 from __future__ import annotations
 
+#: What a signal's handler may raise at any place: Celery's soft time limit, where there is Celery.
+#: It means the caller, and nothing that is done here: whoever catches all errors lets it through.
+INTERRUPTS: set[type[Exception]] = set()
+
+
+def show(value: object) -> str:
+    """``repr(value)``, short, and whatever its ``__repr__`` does.
+
+    Raises:
+        Exception: One of ``INTERRUPTS`` came meanwhile, or ``value`` is one.
+    """
+    interrupts = tuple(INTERRUPTS)
+    if isinstance(value, interrupts):
+        raise value
+    try:
+        text = repr(value)
+    except interrupts:
+        raise
+    except Exception as error:  # noqa: BLE001 - a user's __repr__ may raise anything
+        return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 100 else f"{text[:80]}...{text[-10:]}"
+
 
 class InfluxError(Exception):
     """Base of every error of this package."""

@@ -23,7 +23,7 @@ from enum import Enum
 from types import ModuleType
 from typing import Any
 
-from celery_influx.errors import DecodeError, FieldError, PointError
+from celery_influx.errors import DecodeError, FieldError, PointError, show
 from celery_influx.field_types import FieldTypes
 from celery_influx.line_reader import (
     MAX_INT,
@@ -297,9 +297,9 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         """The whole rule, for whatever was given."""
         measurement, fields, tags, timestamp = point
         if not isinstance(measurement, str):
-            raise PointError(f"measurement {_show(measurement)}: expected a str")
+            raise PointError(f"measurement {show(measurement)}: expected a str")
         measurement = str.__str__(measurement)
-        name = f"point {_show(measurement)}"
+        name = f"point {show(measurement)}"
         own = _texts(name, tags)
         kept, left_out = _values(name, fields)
         if left_out and on_left_out is not None:
@@ -334,7 +334,7 @@ def _settling(encode: Callable[[Point], bytes], types: FieldTypes) -> Callable[[
         line = encode(point)  # first: a point that is refused must not fix a type
         measurement, fields, tags, timestamp = point
         measurement = str.__str__(measurement)
-        kept, _ = _values(f"point {_show(measurement)}", fields)
+        kept, _ = _values(f"point {show(measurement)}", fields)
         fitting = types.fit(measurement, kept)
         if fitting is kept:
             return line
@@ -346,33 +346,24 @@ def _settling(encode: Callable[[Point], bytes], types: FieldTypes) -> Callable[[
 # -- the slow way: from anything to exact types ------------------------------------------------
 
 
-def _show(value: object) -> str:
-    """``repr(value)``, short, and whatever its ``__repr__`` does."""
-    try:
-        text = repr(value)
-    except Exception as error:  # noqa: BLE001 - a user's __repr__ may raise anything
-        return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
-    return text if len(text) <= 100 else f"{text[:80]}...{text[-10:]}"
-
-
 def _items(name: str, what: str, mapping: object) -> list[tuple[str, Any]]:
     """The items of a mapping, its keys checked and made exact ``str``."""
     if not isinstance(mapping, Mapping):
-        raise PointError(f"{name}: {what} {_show(mapping)}: expected a mapping such as a dict")
+        raise PointError(f"{name}: {what} {show(mapping)}: expected a mapping such as a dict")
     try:
         items = [(key, value) for key, value in mapping.items()]
     except Exception as error:
         raise PointError(
-            f"{name}: {what} cannot be read: {_show(error)}; expected a mapping such as a dict"
+            f"{name}: {what} cannot be read: {show(error)}; expected a mapping such as a dict"
         ) from error
     found: dict[str, Any] = {}
     for given, value in items:
         if not isinstance(given, str):
-            raise PointError(f"{name}: {what}: key {_show(given)}: expected a str")
+            raise PointError(f"{name}: {what}: key {show(given)}: expected a str")
         key = str.__str__(given)
         if key in found:
             raise PointError(
-                f"{name}: {what}: key {_show(key)} is there twice; expected each key once"
+                f"{name}: {what}: key {show(key)} is there twice; expected each key once"
             )
         found[key] = value
     return list(found.items())
@@ -389,8 +380,8 @@ def _texts(name: str, tags: object) -> dict[str, str]:
             text = value if isinstance(value, str) else str(value)
         except Exception as error:
             raise PointError(
-                f"{name}: tag {_show(key)}: str() of its {type(value).__name__} raised"
-                f" {_show(error)}; expected a str, or a value that str() takes"
+                f"{name}: tag {show(key)}: str() of its {type(value).__name__} raised"
+                f" {show(error)}; expected a str, or a value that str() takes"
             ) from error
         found[key] = str.__str__(text)
     return found
@@ -419,7 +410,7 @@ def _value(name: str, key: str, given: object) -> float | bool | str | None:
             if MIN_INT <= value <= MAX_INT:
                 return value
             raise FieldError(
-                f"{name}: field {_show(key)}: {_show(value)} does not fit into InfluxDB's 64 bits;"
+                f"{name}: field {show(key)}: {show(value)} does not fit into InfluxDB's 64 bits;"
                 f" expected {MIN_INT} to {MAX_INT}. Send float() of it, or a str"
             )
         if isinstance(value, float):
@@ -442,18 +433,18 @@ def _value(name: str, key: str, given: object) -> float | bool | str | None:
                 break
         except Exception as error:
             raise FieldError(
-                f"{name}: field {_show(key)} cannot be read: {_show(error)};"
+                f"{name}: field {show(key)} cannot be read: {show(error)};"
                 " expected float, int, bool or str"
             ) from error
         if math.isinf(number) and number != value:
             raise FieldError(
-                f"{name}: field {_show(key)}: {_show(value)} is beyond InfluxDB's 64-bit floats;"
+                f"{name}: field {show(key)}: {show(value)} is beyond InfluxDB's 64-bit floats;"
                 " expected -1.7976931348623157e+308 to 1.7976931348623157e+308. Send a str"
             )
         return number
     advice = "a datetime as .isoformat(), bytes as .decode(), anything else as str() or a number"
     raise FieldError(
-        f"{name}: field {_show(key)}: {_show(given)} is of type {type(given).__name__};"
+        f"{name}: field {show(key)}: {show(given)} is of type {type(given).__name__};"
         f" expected float, int, bool or str. Send {advice}"
     )
 
@@ -474,18 +465,18 @@ def _ticks(name: str, timestamp: object, unit: int) -> int:
             nanoseconds = operator.index("" if isinstance(timestamp, bool) else timestamp)  # type: ignore[arg-type]
     except TypeError:
         raise PointError(
-            f"{name}: timestamp {_show(given)}: expected nanoseconds since 1970 as an int (such as"
+            f"{name}: timestamp {show(given)}: expected nanoseconds since 1970 as an int (such as"
             " time.time_ns(); a float is not exact enough), or a datetime"
         ) from None
     except Exception as error:
         raise PointError(
-            f"{name}: timestamp {_show(given)} cannot be read: {_show(error)};"
+            f"{name}: timestamp {show(given)} cannot be read: {show(error)};"
             " expected nanoseconds since 1970 as an int, or a datetime"
         ) from error
     ticks = nanoseconds // unit
     if not MIN_TIME <= ticks * unit <= MAX_TIME:
         raise PointError(
-            f"{name}: timestamp {_show(given)}: InfluxDB's time ends at {MIN_TIME} and {MAX_TIME}"
+            f"{name}: timestamp {show(given)}: InfluxDB's time ends at {MIN_TIME} and {MAX_TIME}"
             " nanoseconds since 1970 (the years 1677 and 2262)"
         )
     return ticks
@@ -506,7 +497,7 @@ def _line(
         line = _join(measurement, tags, fields, ticks)
     except UnicodeEncodeError as error:
         raise PointError(
-            f"{name}: {_show(error.object[error.start : error.end])} is half of a surrogate pair,"
+            f"{name}: {show(error.object[error.start : error.end])} is half of a surrogate pair,"
             " no character; decode the text it came from with errors='replace'"
         ) from None
     if _stores(line, measurement, tags, fields, ticks):
@@ -596,18 +587,18 @@ def _is_findable(series: bytes, measurement: str) -> bool:
 def _blame(measurement: str, tags: dict[str, str], fields: dict[str, Any]) -> str:
     """The first part that could not be stored even alone; "" if it is none of them."""
     if not _storable(measurement, {}, {"f": 0}):
-        return f"measurement {_show(measurement)} {_reason(measurement, 'measurement')}"
+        return f"measurement {show(measurement)} {_reason(measurement, 'measurement')}"
     for key, text in tags.items():
         if not _storable("m", {key: "v"}, {"f": 0}):
-            return f"tag key {_show(key)} {_reason(key, 'tag key')}"
+            return f"tag key {show(key)} {_reason(key, 'tag key')}"
         if not _storable("m", {"k": text}, {"f": 0}):
-            return f"tag {_show(key)}: value {_show(text)} {_reason(text, 'tag value')}"
+            return f"tag {show(key)}: value {show(text)} {_reason(text, 'tag value')}"
     for key in fields:
         if not _storable("m", {}, {key: 0}) and not _storable("m", {}, {"f": 0, key: 0}):
-            return f"field key {_show(key)} {_reason(key, 'field key')}"
+            return f"field key {show(key)} {_reason(key, 'field key')}"
     first = next(iter(fields))
     if all(key.startswith(("\t", "\0")) for key in fields):
-        return f"field key {_show(first)} begins with a tab or NUL; add a field with another name"
+        return f"field key {show(first)} begins with a tab or NUL; add a field with another name"
     series = _join(measurement, tags, {"f": 0}, None).removesuffix(b" f=0i")
     longest = len(series) + 4 + max(len(_escape_field_key(key).encode()) for key in fields)
     if longest > MAX_KEY_LENGTH:

@@ -23,7 +23,7 @@ from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 from celery_influx.batcher import Batcher, is_green
 from celery_influx.counters import DROPPED, POINTS, Counters
 from celery_influx.database import Database
-from celery_influx.errors import ConfigError
+from celery_influx.errors import INTERRUPTS, ConfigError
 from celery_influx.field_types import TypeTable
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load
@@ -68,6 +68,7 @@ def install(app: Celery) -> Influx:
     # By name: so it goes along when Celery pickles the app, for a child that it spawns.
     app.fixups = {*app.fixups, f"{__name__}:{install.__name__}"}  # type: ignore[attr-defined]
     if not _installed:
+        INTERRUPTS.add(SoftTimeLimitExceeded)
         os.register_at_fork(after_in_child=_after_fork)
         atexit.register(at_exit)
         signals.connect()
@@ -309,9 +310,9 @@ class Influx:
         line, wrong = b"", None
         try:
             line = self._line_of(run.facts, state, exception, runtime, cpu)
-        except Exception as error:  # a point's mistake, dealt with as such
-            if SoftTimeLimitExceeded in (type(error), type(error.__cause__)):
-                raise
+        except SoftTimeLimitExceeded:
+            raise
+        except Exception as error:  # noqa: BLE001 - a point's mistake, dealt with as such
             wrong = error
         self.write_end(run, line, wrong)
 
@@ -409,7 +410,6 @@ class Influx:
                             enabled=options.enabled,
                             settle=self._settle,
                             upstream=self.relayed,
-                            passing=(SoftTimeLimitExceeded,),
                         )
                         for name, database in options.databases.items()
                     }

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from celery_influx.errors import INTERRUPTS
+
 
 class Report:
     """Warns at most once per cause and ``interval``.
@@ -14,8 +16,6 @@ class Report:
     Args:
         logger: Where the warnings go.
         interval: Seconds of silence after a warning, for its cause.
-        passing: Exceptions that may come at any moment, from a signal handler: they are let
-            through, as those of a user's log filter are not.
         clock: Seconds, monotonic.
     """
 
@@ -27,12 +27,10 @@ class Report:
         logger: logging.Logger,
         interval: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
-        passing: tuple[type[Exception], ...] = (),
     ) -> None:
         self._logger = logger
         self._interval = interval
         self._clock = clock
-        self._passing = passing
         self._said: dict[str, tuple[float, int]] = {}
         # Reentrant: a log handler may itself send points.
         self._lock = threading.RLock()
@@ -53,7 +51,7 @@ class Report:
             args = (*args, unsaid)
         try:
             self._logger.warning(text, *args, exc_info=exc_info)
-        except self._passing:
+        except tuple(INTERRUPTS):
             raise
         except Exception:  # noqa: BLE001, S110
             pass  # a user's log filter may raise; neither a task nor the batcher ends by that

@@ -27,7 +27,7 @@ import pytest
 from celery_influx.batcher import Batcher
 from celery_influx.counters import Counters
 from celery_influx.database import Database
-from celery_influx.errors import PointError
+from celery_influx.errors import INTERRUPTS, PointError
 from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
@@ -89,7 +89,7 @@ def make(server: Server) -> Iterator[Callable[..., Database]]:
     made: list[Database] = []
 
     def one(**arguments: Any) -> Database:
-        own = {"strict", "enabled", "tags", "settle", "upstream", "passing"}
+        own = {"strict", "enabled", "tags", "settle", "upstream"}
         options = {"name": "m", "host": "127.0.0.1", "udp_port": server.port}
         options |= {key: value for key, value in arguments.items() if key not in own}
         rest = {key: value for key, value in arguments.items() if key in own}
@@ -407,7 +407,8 @@ class Slow:
     ],
 )
 def test_the_end_of_a_tasks_time_is_not_taken_for_a_bad_point(make, given: object) -> None:
-    database = make(passing=(TimeIsUp,))
+    INTERRUPTS.add(TimeIsUp)
+    database = make()
 
     with pytest.raises(TimeIsUp):
         database.send_data(given)

@@ -242,3 +242,92 @@ def test_wherever_it_comes_while_the_pipe_is_full_the_account_is_right(
     found = ends(receiver.points("celery_task", at_least=kept))
     assert found == {number: EXPECTED[runs[number]] for number in found}
     assert len(found) == kept > 3
+
+
+class Spoken:
+    """What a task may send by mistake, and how it may read."""
+
+    def __repr__(self) -> str:
+        return "spoken"
+
+
+class Unspoken:
+    def __repr__(self) -> str:
+        raise KeyError("no name")
+
+
+class Line:
+    """As influxdb-client's points are read."""
+
+    def to_line_protocol(self) -> str:
+        return "m f=1i 1"
+
+
+class Lines:
+    """Several points, from where anything may be done."""
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter([Point("m", {"f": 1}), Point("m", {"f": 2})])
+
+
+GIVEN = {
+    "point": Point("m", {"f": 1}, {"t": "v"}),
+    "mapping": {"measurement": "m", "fields": {"f": 1, "none": None}},
+    "tag": Point("m", {"f": 1}, {"t": Spoken()}),
+    "line": Line(),
+    "several": Lines(),
+    "wrong field": Point("m", {"f": Spoken()}),
+    "nameless field": Point("m", {"f": Unspoken()}),
+    "number too large": Point("m", {"f": 10**5000}),
+    "wrong time": Point("m", {"f": 1}, None, Unspoken()),  # type: ignore[arg-type]
+    "wrong tag": Point("m", {"f": 1}, {"t": Unspoken()}),
+    "no point": {"nothing": 1},
+    "another type": Point("m", {"f": "text"}),
+}
+
+
+@pytest.mark.parametrize("child", ["ordinary"], indirect=True)
+@pytest.mark.parametrize("given", GIVEN)
+def test_wherever_it_comes_in_send_data_the_task_has_its_limit(
+    given: str, child: Child, receiver: Receiver, tmp_path: Path
+) -> None:
+    def send_in_child(first: int, most: int) -> None:
+        current_process().index = 0
+        logging.disable()  # what comes in the logging module it keeps to itself
+        places = []
+        for place in range(first, first + most):
+            limit, passed = Limit(place), False
+            sys.settrace(limit)
+            try:
+                child.influx.send_data(GIVEN[given])
+            except SoftTimeLimitExceeded:
+                passed = True
+            finally:
+                sys.settrace(None)
+            if not limit.has_come:
+                break
+            places.append(passed)
+            child.influx.send_data(Point("m", {"f": 1}))  # it goes on as if nothing had been
+        with notes.open("a") as file:
+            file.write(json.dumps(places) + "\n")
+        child.influx.leave_pool()
+
+    notes = tmp_path / "passed"
+    for first, most in ((0, 10_000), *((first, 1) for first in range(0, 2_000, 401))):
+        pid = fork(lambda first=first, most=most: send_in_child(first, most))
+        if child.relay._reader is None:
+            child.influx.start()
+        assert exit_code(pid) == 0
+
+    assert child.influx.close(5)
+    later, *firsts = map(json.loads, notes.read_text().splitlines())
+    assert len(later) > (1 if extension else 5)
+    assert all(later)
+    assert all(map(all, firsts))
+    assert firsts[:2] == [[True], [True]]
+    account = child.influx.stats()["main"]
+    assert account["sent"] == len(receiver.points("m", account["sent"]))
+    assert account["sent"] >= len(later)
+    # Nobody can tell that it comes right after the write: that point is there, and "dropped".
+    both = account["sent"] + account["rejected"] + account["dropped"] - account["points"]
+    assert 0 <= both < 20
