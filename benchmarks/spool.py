@@ -55,6 +55,7 @@ class Way:
         self.delivery = Delivery(
             "b", self.server, counters, report, retry_age=3_600, spool=spool, spool_first=first
         )
+        self.delivery.open()
 
     def measure(self, size: int) -> float:
         """Milliseconds for a batch that the server takes."""

@@ -221,6 +221,7 @@ class Batcher:
         return left <= 0 or (waits and (delivery.is_away or delivery.wait > left))
 
     def _run(self) -> None:
+        self._step(self._delivery.open)
         rest = self._flush_interval
         while self._deadline is None:
             self._sleep(self._doze, rest)

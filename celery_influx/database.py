@@ -420,7 +420,7 @@ class Database(_Way):
             self._opening = True
             try:
                 self._transport = self._transport or open_transport(self.options)
-                self._spool = self._spool or self._open_spool()
+                self._spool = self._spool or self._make_spool()
                 delivery = Delivery(
                     self.name,
                     self._transport,
@@ -446,44 +446,25 @@ class Database(_Way):
             finally:
                 self._opening = False
 
-    def _open_spool(self) -> Spool | None:
+    def _make_spool(self) -> Spool | None:
         options = self.options
         if not options.spool_dir:
             return None
-        spool = load("celery_influx.spool")
-        try:
-            kind = spool.shared_file_system(options.spool_dir)
-            if kind:
-                logger.warning(
-                    "%s: 'spool_dir' %s is on a file system of kind %s, where locks and writes are "
-                    "not safe: points may be lost or sent twice; expected a folder on a local disk",
-                    self.name,
-                    options.spool_dir,
-                    kind,
-                )
-            destination = (
-                *(options.transport, options.host, options.http_port, options.tcp_port),
-                *(options.socket_path, options.api, options.organization, options.tenant),
-                *(options.database, options.retention_policy, options.precision),
-            )
-            opened: Spool = spool.Spool(
-                self.name,
-                repr(destination),
-                options.spool_dir,
-                options.spool_bytes,
-                self._counters,
-                self._report,
-                fsync=options.spool_fsync,
-            )
-        except OSError as error:
-            logger.warning(
-                "%s: no spool, so points wait in memory only: %s; expected a 'spool_dir' in which "
-                "this user may write",
-                self.name,
-                error,
-            )
-            return None
-        return opened
+        destination = (
+            *(options.transport, options.host, options.http_port, options.tcp_port),
+            *(options.socket_path, options.api, options.organization, options.tenant),
+            *(options.database, options.retention_policy, options.precision),
+        )
+        spool: Spool = load("celery_influx.spool").Spool(
+            self.name,
+            repr(destination),
+            options.spool_dir,
+            options.spool_bytes,
+            self._counters,
+            self._report,
+            fsync=options.spool_fsync,
+        )
+        return spool
 
     def _quickest(self) -> Callable[[Point], None]:
         """``_send``, or what does the same in C; that knows no start of a batcher."""

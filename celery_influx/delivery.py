@@ -169,6 +169,21 @@ class Delivery:
         """Most payloads that are delivered at once."""
         return self._transport.burst
 
+    def open(self) -> None:
+        """Open the spool, if there is one; first of all, and in the thread that uses it."""
+        try:
+            if self._spool:
+                self._spool.open()
+        except OSError as error:
+            self._spool = None
+            self._report.warn(
+                "spool open",
+                "%s: no spool, so points wait in memory only: %s; expected a 'spool_dir' in which "
+                "this user may write",
+                self._name,
+                error,
+            )
+
     @property
     def spools(self) -> bool:
         """Whether what cannot be sent goes to disk."""

@@ -123,7 +123,7 @@ class _Segment:
 
 
 class Spool:
-    """The batches of one database that are on disk.
+    """The batches of one database that are on disk, as soon as it is opened.
 
     Args:
         name: The database's name, for the log and the folder's name.
@@ -143,7 +143,7 @@ class Spool:
         lines: That wait in them, of which it is known.
 
     Raises:
-        OSError: It cannot be written there; also by ``append`` and ``hold``.
+        OSError: By ``open``, ``append`` and ``hold``: it cannot be written there.
     """
 
     #: Bytes after which a segment is followed by the next.
@@ -171,9 +171,9 @@ class Spool:
         self._report = report
         self._fsync = fsync
         self._clock = clock
-        stem = quote(name, safe="").replace(".", "%2E")
+        self._stem = quote(name, safe="").replace(".", "%2E")
         place = blake2b(destination.encode(), digest_size=4).hexdigest()
-        self.folder = Path(folder) / f"{stem}-{place}"
+        self.folder = Path(folder) / f"{self._stem}-{place}"
         self.bytes = self.lines = 0
         self._others = 0  # bytes of the segments of other processes, at the last look
         self._lock = threading.RLock()
@@ -184,11 +184,32 @@ class Spool:
         self._read: tuple[_Segment, bytes, deque[tuple[int, int, int]]] | None = None
         self._number = 0
         self._next_look = self._clock()
-        self._own = self._begin()
-        self._say_what_is_not_sent(re.compile(rf"{re.escape(stem)}-[0-9a-f]{{8}}"))
+        self._own: _Owner
 
-    def _say_what_is_not_sent(self, ours: re.Pattern[str]) -> None:
+    def open(self) -> None:
+        """Begin; idempotent. A disk may take its time: so not where somebody waits for a point."""
+        with self._lock:
+            if self._owners:
+                return
+            self._say_who_shares_it()
+            self._own = self._begin()
+            self._say_what_is_not_sent()
+
+    def _say_who_shares_it(self) -> None:
+        kind = shared_file_system(str(self.folder))
+        if kind:
+            self._report.warn(
+                "spool shared",
+                "%s: 'spool_dir' %s is on a file system of kind %s, where locks and writes are "
+                "not safe: points may be lost or sent twice; expected a folder on a local disk",
+                self._name,
+                self.folder.parent,
+                kind,
+            )
+
+    def _say_what_is_not_sent(self) -> None:
         """What was spooled for other destinations of a database of this name."""
+        ours = re.compile(rf"{re.escape(self._stem)}-[0-9a-f]{{8}}")
         files = [
             path
             for path in self.folder.parent.glob(f"*/*{_SEGMENT}")

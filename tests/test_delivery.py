@@ -225,6 +225,7 @@ class Scene:
         report = Report(logging.getLogger("tests.delivery"), clock=lambda: self.now)
         if spool:
             self.spool = Spool("metrics", "here", str(spool), 10_000_000, row, report)
+            self.spool.open()
         self.delivery = Delivery(
             "metrics",
             server,

@@ -975,7 +975,7 @@ def _spool_into_a_file(parts: Parts) -> None:
         1_000_000,
         Counters(1).row(0),
         Report(logging.getLogger("t")),
-    )
+    ).open()
 
 
 def _connect(parts: Parts) -> None:

@@ -190,6 +190,7 @@ def test_no_answer_breaks_delivery(
         spool=Spool("metrics", "here", str(tmp_path), 10_000_000, row, report),
         clock=lambda: now[0],
     )
+    delivery.open()
     given, longest = 0, 0.0
     while hostile.answered < answers:
         before = time.monotonic()

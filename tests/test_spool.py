@@ -16,16 +16,21 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from celery_influx.batcher import Batcher
 from celery_influx.buffer import make_buffer
 from celery_influx.counters import COUNTERS, Counters
+from celery_influx.database import Database
 from celery_influx.delivery import Delivery
 from celery_influx.errors import SendError
+from celery_influx.options import DatabaseOptions
+from celery_influx.point import Point
 from celery_influx.report import Report
 from celery_influx.spool import Spool, pack, records, shared_file_system, unpack
+from tests.servers import free_port
 from tests.test_delivery import BATCH, Scene, Server, failure
 
 pytestmark = pytest.mark.once
@@ -57,6 +62,7 @@ class One:
             fsync=fsync,
             clock=lambda: self.now,
         )
+        self.spool.open()
 
     def all(self) -> list[list[bytes]]:
         """Take all that waits."""
@@ -221,6 +227,7 @@ def test_any_name_of_a_database_makes_one_folder(tmp_path: Path, name: str) -> N
     spool = Spool(
         name, "here", str(tmp_path), 1_000_000, counters.row(0), Report(logging.getLogger("t"))
     )
+    spool.open()
     assert spool.folder.parent == tmp_path
     assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
     spool.close()
@@ -500,6 +507,7 @@ CHILD = """
     folder, what = sys.argv[1:]
     report = Report(logging.getLogger("child"))
     spool = Spool("metrics", "here", folder, 10_000_000, Counters(1).row(0), report)
+    spool.open()
     spool.append([b"first"])
     if what == "fork" and not os.fork():
         time.sleep(60)
@@ -832,6 +840,28 @@ def test_a_disk_that_takes_nothing_leaves_it_as_it_is_without_a_spool(scene, cap
         assert full.go_on() == [0.5, 1]
     assert full.server.stored == BATCH
     assert "metrics: the spool fails: [Errno 27]" in caplog.text
+
+
+def test_who_sends_a_point_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, began = threading.Event(), threading.Event()
+    mkdir = Path.mkdir
+
+    def hang(*given: Any, **named: Any) -> None:
+        began.set()
+        assert answers.wait(30)
+        mkdir(*given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", hang)
+    options = {"host": "127.0.0.1", "http_port": free_port(), "spool_dir": str(tmp_path / "spool")}
+    database = Database(DatabaseOptions(name="m", transport="http", **options))
+    database.send_data(Point("m", {"n": 1}))
+    assert began.wait(10)
+    database.send_data(Point("m", {"n": 2}))
+    answers.set()
+    assert not database.close(10)
+    assert database.stats()["spooled"] == 2
 
 
 @pytest.mark.parametrize("seed", range(20))
