@@ -48,8 +48,12 @@ HOSTILE = [
 def _client(
     server: Influxd | VictoriaMetrics, database: str = "celery", **options: Any
 ) -> HTTPClient:
+    return HTTPClient(_options(server, database, **options))
+
+
+def _options(server: Influxd | VictoriaMetrics, database: str, **options: Any) -> DatabaseOptions:
     settings = {"host": "127.0.0.1", "http_port": server.http_port, "transport": "http", **options}
-    return HTTPClient(DatabaseOptions(database=database, **settings))
+    return DatabaseOptions(database=database, **settings)
 
 
 @pytest.fixture
@@ -145,6 +149,37 @@ def test_a_point_of_another_type_is_counted(client: HTTPClient) -> None:
         "already exists as type float dropped=1"
     )
     assert client.query("SELECT f FROM m").series[0].values == [[1, 1], [3, 2]]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {0: b"bad line", 2_345: b"m f=1,t= 1", 4_999: b"m n="},
+        # Where there is a line of another type, influxd tells of no other bad one.
+        {0: b"m n=1 1", 2_345: b'm n="text" 1', 4_999: b"m n=true 1"},
+    ],
+    ids=["none is a point", "each is of another type"],
+)
+def test_of_5000_lines_with_3_bad_ones_4997_are_stored(
+    influxd: Influxd, database: str, bad: dict[int, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Database(_options(influxd, database, batch_size=5_000))) as whole:
+        whole.send_data(Point("m", {"n": 0}, None, 0))
+        assert whole.flush()
+        lines = [b"m n=%di %d" % (number, number + 1) for number in range(5_000)]
+        for number, line in bad.items():
+            lines[number] = line
+
+        whole.send_lines(lines)
+        assert not whole.flush()
+
+        found = whole.stats()
+        assert (found["sent"], found["rejected"], found["lost"]) == (1 + 4_997, 3, 0)
+        (stored,) = whole.query("SELECT count(n) FROM m").rows()
+        assert stored["count"] == 1 + 4_997
+    (said,) = [text for text in caplog.messages if "rejected" in text]
+    assert "rejected 3 of 5000 lines" in said
+    assert "unable to parse 'bad line'" in said or 'field "n" on measurement "m" is type' in said
 
 
 def test_two_types_for_a_new_field_store_nothing_first_and_the_rest_at_a_second_attempt(
