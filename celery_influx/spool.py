@@ -7,9 +7,9 @@ One folder per database. Each process that spools there is an *owner*, and named
 - ``OWNER.00000001.spool``, ...: its segments, only ever appended to, oldest first.
 - ``OWNER.hand.spool``: the batch that is being sent, where that is asked for.
 
-Who finds the lock of another owner free adopts its segments. A segment is a row of records, each a
-batch with a checksum; what is no record is passed over. A crash may send a record twice, but loses
-only the one that was being written.
+Who finds the lock of another owner free adopts its segments. A segment is a row of records
+(``spool_records``), each a batch; what is no record is passed over. A crash may send a record
+twice, but loses only the one that was being written.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ import fcntl
 import os
 import re
 import stat
-import struct
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -33,13 +31,8 @@ from urllib.parse import quote
 
 from celery_influx.counters import ADOPTED, DROPPED, LOST, SPOOLED
 from celery_influx.report import Report
+from celery_influx.spool_records import pack, records, unpack
 
-#: Of a record: magic, number of lines, bytes of the body, CRC-32 of these two and the body. That is
-#: each line's length, and the lines with newlines between them: for whoever looks, since a line may
-#: have newlines of its own. No UTF-8 has a byte 255.
-_HEADER = struct.Struct("<4sIII")
-_SIZES = struct.Struct("<II")
-_MAGIC = b"\xffCI1"
 _LOCK, _SEGMENT, _HAND = ".lock", ".spool", "hand"
 #: File systems whose locks or writes other machines, or other programs, answer for.
 _SHARED = re.compile(
@@ -50,41 +43,6 @@ _SHARED = re.compile(
 _ours: set[tuple[int, Path]] = set()
 #: Those that it had, and whose segments it has counted: it may be who adopts them.
 _left: set[tuple[int, Path]] = set()
-
-
-def pack(lines: list[bytes]) -> bytes:
-    """One record."""
-    body = struct.pack(f"<{len(lines)}I", *map(len, lines)) + b"\n".join(lines)
-    return _HEADER.pack(_MAGIC, len(lines), len(body), _crc(len(lines), body)) + body
-
-
-def _crc(count: int, body: bytes | memoryview) -> int:
-    return zlib.crc32(body, zlib.crc32(_SIZES.pack(count, len(body))))
-
-
-def records(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Start, end and number of lines of each whole record in ``data`` from ``start`` on."""
-    while (start := data.find(_MAGIC, start)) >= 0:
-        if len(data) - start < _HEADER.size:
-            return
-        _, count, size, crc = _HEADER.unpack_from(data, start)
-        end = start + _HEADER.size + size
-        if end <= len(data) and _crc(count, memoryview(data)[end - size : end]) == crc:
-            yield start, end, count
-            start = end
-        else:
-            start += len(_MAGIC)
-
-
-def unpack(data: bytes, start: int, count: int) -> list[bytes]:
-    """The lines of the record at ``start``."""
-    start += _HEADER.size
-    lines = []
-    place = start + 4 * count
-    for length in struct.unpack_from(f"<{count}I", data, start):
-        lines.append(data[place : place + length])
-        place += length + 1
-    return lines
 
 
 @dataclass

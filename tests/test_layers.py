@@ -47,6 +47,7 @@ BANDS = {
     "celery_influx.transports.http": IO,
     "celery_influx.report": IO,
     "celery_influx.parts": CORE,
+    "celery_influx.spool_records": CORE,
     "celery_influx.spool": IO,
     "celery_influx.delivery": IO,
     "celery_influx.runs": IO,

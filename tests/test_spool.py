@@ -29,7 +29,8 @@ from celery_influx.errors import SendError
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.report import Report
-from celery_influx.spool import Spool, pack, records, shared_file_system, unpack
+from celery_influx.spool import Spool, shared_file_system
+from celery_influx.spool_records import pack, records, unpack
 from tests.servers import free_port
 from tests.test_delivery import BATCH, Scene, Server, failure
 
