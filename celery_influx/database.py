@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -75,7 +76,8 @@ class Database(_Way):
 
     It starts nothing until the first point. In every process it begins anew: a forked child has
     a buffer, a thread and sockets of its own, or, in a worker's pool child, none of these and
-    a way to the worker instead.
+    a way to the worker instead. When the interpreter ends, it sends what waits; where no plugin
+    sees to that, for 5 seconds at the most.
 
     Args:
         options: Where it is, and the limits.
@@ -641,14 +643,23 @@ class Database(_Way):
 
 @functools.cache
 def _alone() -> weakref.WeakSet[Database]:
-    """The databases that no plugin tells of a fork."""
+    """The databases that no plugin tells of a fork, or of the interpreter's end."""
     databases: weakref.WeakSet[Database] = weakref.WeakSet()
 
     def after_fork() -> None:
         for database in list(databases):
             database.begin_anew()
 
+    def at_exit() -> None:
+        deadline = time.monotonic() + 5.0
+        left = list(databases)
+        for database in left:
+            database.finish(deadline)
+        for database in left:
+            database.close(max(0.0, deadline - time.monotonic()))
+
     os.register_at_fork(after_in_child=after_fork)
+    atexit.register(at_exit)
     return databases
 
 

@@ -10,7 +10,9 @@ import logging
 import os
 import resource
 import socket
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -1277,3 +1279,29 @@ def test_flush_in_a_pool_child_says_if_the_worker_did_not_take_a_line(make) -> N
     assert not database.flush()
     assert database.flush()
     assert database.stats()["dropped"] == 1
+
+
+def test_at_the_end_of_the_interpreter_what_waits_is_sent_without_a_plugin_too(
+    server: Server,
+) -> None:
+    code = f"""
+        from celery_influx.database import Database
+        from celery_influx.options import DatabaseOptions
+        from celery_influx.point import Point
+
+        options = {{"host": "127.0.0.1", "udp_port": {server.port}, "flush_interval": 3_600}}
+        kept = [Database(DatabaseOptions(name=name, **options)) for name in "ab"]
+        for database in kept:
+            database.send_data(Point("m", {{"f": 1}}, {{"database": database.name}}))
+    """
+
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert {point.tags["database"] for point in server.points(2) if point.tags} == {"a", "b"}
