@@ -74,7 +74,7 @@ WAITED_FOR = {"forks_wait.lock"}
 LET_GO = {"Spool._lock"}
 #: Those that it uses besides: of ``timed`` and logging; of requests and urllib3.
 OTHERS = {"timing._report": KINDS, "the log handler's": KINDS}
-HTTP = {"the cookies'": KINDS, "the connections'": KINDS, "the connections' queue": KINDS}
+HTTP = {"the cookies'": KINDS, "the connections'": KINDS}
 
 
 class Gate:
@@ -304,8 +304,6 @@ class Scene:
             pools = session.get_adapter("http://").poolmanager.pools
             found["the cookies'"] = session.cookies._cookies_lock
             found["the connections'"] = pools.lock
-            (pool,) = pools._container.values()
-            found["the connections' queue"] = pool.pool.mutex
         return found
 
     def be_child(self, fork: int, held: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ import dis
 import fcntl
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,8 +33,10 @@ from celery_influx.point import Point
 from celery_influx.relay import Relay
 from celery_influx.signals import HEADER
 from celery_influx.speedups import extension
+from celery_influx.transports import bounded
 from tests.conftest import Receiver
 from tests.servers import wait_for
+from tests.test_http import serving
 from tests.test_relay import exit_code, fork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux's pipes")
@@ -331,3 +335,32 @@ def test_wherever_it_comes_in_send_data_the_task_has_its_limit(
     # Nobody can tell that it comes right after the write: that point is there, and "dropped".
     both = account["sent"] + account["rejected"] + account["dropped"] - account["points"]
     assert 0 <= both < 20
+
+
+class LimitAtLocks(Limit):
+    """Comes where a pool of connections is asked for one, or given one back, alone."""
+
+    WHERE = (queue.__file__, threading.__file__, bounded.__file__)
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code.co_filename in self.WHERE:
+            return super().__call__(frame, event, arg)
+        return None
+
+
+def test_wherever_it_comes_in_a_request_the_next_one_does_not_hang() -> None:
+    with serving() as server, server.client() as client:
+        assert client.ping()
+        for place in range(10_000):
+            limit = LimitAtLocks(place)
+            sys.settrace(limit)
+            try:
+                client.ping()
+            except SoftTimeLimitExceeded:
+                pass
+            finally:
+                sys.settrace(None)
+            assert client.ping()
+            if not limit.has_come:
+                break
+    assert place > 10

@@ -1,15 +1,18 @@
 """Connections for requests whose answers come to an end, however slowly they come.
 
 A socket's timeout is for one piece: a server that sends a byte within each, or one ``100 Continue``
-after the other, would hold its client for ever. So each answer has its time as a whole.
+after the other, would hold its client for ever. So each answer has its time as a whole. And there
+is no lock in which a client would wait for ever.
 """
 
 from __future__ import annotations
 
 import http.client
 import io
+import queue
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +88,35 @@ class _Response(http.client.HTTPResponse):
             self.will_close = True
 
 
+class _Idle:
+    """What urllib3 keeps a pool's unused connections in, as ``queue.LifoQueue``, without a lock.
+
+    A soft time limit may come right after that of ``queue`` is taken, which then nobody gives back:
+    all later requests of the process would hang.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        self._most = maxsize
+        self._idle: deque[Any] = deque()
+
+    def put(self, connection: Any, **_: Any) -> None:
+        """Keep it, if there is room; never waits."""
+        if len(self._idle) >= self._most:
+            raise queue.Full
+        self._idle.append(connection)
+
+    def get(self, **_: Any) -> Any:
+        """The one that was used last; never waits."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def qsize(self) -> int:
+        """How many there are."""
+        return len(self._idle)
+
+
 def allow(response: requests.Response, times: int) -> None:
     """Give what is still to come of ``response`` so many timeouts from now on."""
     head: Any = response.raw._original_response  # noqa: SLF001 - requests, too, finds it there
@@ -94,7 +126,11 @@ def allow(response: requests.Response, times: int) -> None:
 def bound(manager: Any) -> None:
     """Have all connections that urllib3's ``manager`` of pools will make read answers so."""
     manager.pool_classes_by_scheme = {
-        scheme: _derived(pool, ConnectionCls=_derived(pool.ConnectionCls, response_class=_Response))
+        scheme: _derived(
+            pool,
+            ConnectionCls=_derived(pool.ConnectionCls, response_class=_Response),
+            QueueCls=_Idle,
+        )
         for scheme, pool in manager.pool_classes_by_scheme.items()
     }
 
