@@ -22,6 +22,7 @@ import pytest
 
 from celery_influx.errors import QueryError, SendError
 from celery_influx.options import DatabaseOptions
+from celery_influx.transports import bounded
 from celery_influx.transports.answers import rejected_lines, retry_after
 from celery_influx.transports.http import HTTPClient
 
@@ -403,3 +404,16 @@ def test_a_number_of_lines_that_is_none_is_no_number() -> None:
         client.write(BODY)
 
     assert caught.value.cause == "400"
+
+
+@pytest.mark.parametrize("late", [SHORT / 2, 2 * SHORT])
+def test_who_says_nothing_is_not_called_slow_by_who_had_no_time_to_look(late: float) -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        one.settimeout(SHORT)
+        pieces = bounded._Pieces(socket.SocketIO(one, "r"), one)
+        pieces._end -= late  # so long the machine let others run
+        with pytest.raises(TimeoutError) as caught:
+            pieces.read(1)
+
+    assert type(caught.value) is TimeoutError

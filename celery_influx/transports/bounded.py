@@ -34,6 +34,7 @@ class _Pieces(io.RawIOBase):
         self._pieces = pieces
         self._socket = sock
         self._timeout = sock.gettimeout() or 0.0
+        self._came = 0
         self.allow(1)
 
     def allow(self, times: int) -> None:
@@ -55,19 +56,23 @@ class _Pieces(io.RawIOBase):
         try:
             if shortened:
                 self._socket.settimeout(left)
-            return self._pieces.readinto(buffer)  # type: ignore[no-any-return]
+            count: int | None = self._pieces.readinto(buffer)
         except TimeoutError as error:
             raise (self._too_slow() if shortened else error) from None
         finally:
             if shortened:
                 self._socket.settimeout(self._timeout)  # it may be used again
+        self._came += count or 0
+        return count
 
     def close(self) -> None:
         """Let the socket go."""
         self._pieces.close()
         super().close()
 
-    def _too_slow(self) -> TooSlowError:
+    def _too_slow(self) -> TimeoutError:
+        if not self._came:
+            return TimeoutError("timed out")  # as the socket says it
         seconds = self._times * self._timeout
         return TooSlowError(f"an answer came so slowly that it took more than {seconds:g} s")
 
