@@ -34,7 +34,7 @@ class _Pieces(io.RawIOBase):
         self._pieces = pieces
         self._socket = sock
         self._timeout = sock.gettimeout() or 0.0
-        self._came = 0
+        self._has_begun = False
         self.allow(1)
 
     def allow(self, times: int) -> None:
@@ -50,8 +50,8 @@ class _Pieces(io.RawIOBase):
         """Wait for a piece."""
         left = self._end - time.monotonic()
         # The first wait of all is as long as the timeout: then nothing has to be set.
-        shortened = left < 0.999 * self._timeout
-        if left <= 0:
+        shortened = self._has_begun and left < 0.999 * self._timeout
+        if shortened and left <= 0:
             raise self._too_slow()
         try:
             if shortened:
@@ -62,7 +62,7 @@ class _Pieces(io.RawIOBase):
         finally:
             if shortened:
                 self._socket.settimeout(self._timeout)  # it may be used again
-        self._came += count or 0
+        self._has_begun = self._has_begun or bool(count)
         return count
 
     def close(self) -> None:
@@ -70,9 +70,7 @@ class _Pieces(io.RawIOBase):
         self._pieces.close()
         super().close()
 
-    def _too_slow(self) -> TimeoutError:
-        if not self._came:
-            return TimeoutError("timed out")  # as the socket says it
+    def _too_slow(self) -> TooSlowError:
         seconds = self._times * self._timeout
         return TooSlowError(f"an answer came so slowly that it took more than {seconds:g} s")
 
