@@ -219,14 +219,12 @@ class Database(_Way):
         if isinstance(error, ConfigError):
             raise error  # no point's fault
         if not isinstance(error, PointError):
-            cause, error = (
-                error,
-                PointError(
-                    f"the point cannot be read: {show(error)}; "
-                    "expected a Point or a mapping of plain values"
-                ),
+            wrong = PointError(
+                f"the point cannot be read: {show(error)}; "
+                "expected a Point or a mapping of plain values"
             )
-            error.__cause__ = cause
+            wrong.__cause__ = error
+            error = wrong
         self._settled()
         cells = self._counters
         # In one statement without a call, for a signal's handler runs only between two.
@@ -641,6 +639,17 @@ class Database(_Way):
         return f"<Database {self.name!r} {self.address} started={self._batcher is not None}>"
 
 
+def close_all(databases: Sequence[Database], deadline: float) -> bool:
+    """Close them until ``deadline`` (``time.monotonic``); whether all that waited went out.
+
+    All are told first, so that one hung server does not use up the others' time.
+    """
+    for database in databases:
+        database.finish(deadline)
+    closed = [database.close(max(0.0, deadline - time.monotonic())) for database in databases]
+    return all(closed)
+
+
 @functools.cache
 def _alone() -> weakref.WeakSet[Database]:
     """The databases that no plugin tells of a fork, or of the interpreter's end."""
@@ -651,12 +660,7 @@ def _alone() -> weakref.WeakSet[Database]:
             database.begin_anew()
 
     def at_exit() -> None:
-        deadline = time.monotonic() + 5.0
-        left = list(databases)
-        for database in left:
-            database.finish(deadline)
-        for database in left:
-            database.close(max(0.0, deadline - time.monotonic()))
+        close_all(list(databases), time.monotonic() + 5.0)
 
     os.register_at_fork(after_in_child=after_fork)
     atexit.register(at_exit)

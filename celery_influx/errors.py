@@ -26,12 +26,11 @@ def show(value: object) -> str:
     Raises:
         Exception: One of ``INTERRUPTS`` came meanwhile, or ``value`` is one.
     """
-    interrupts = tuple(INTERRUPTS)
-    if isinstance(value, interrupts):
+    if isinstance(value, Exception) and isinstance(value, tuple(INTERRUPTS)):
         raise value
     try:
         text = repr(value)
-    except interrupts:
+    except tuple(INTERRUPTS):
         raise
     except Exception as error:  # noqa: BLE001 - a user's __repr__ may raise anything
         return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"

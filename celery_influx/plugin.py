@@ -22,7 +22,7 @@ from celery.utils.log import current_process_index  # type: ignore[attr-defined]
 
 from celery_influx.batcher import Batcher, is_green
 from celery_influx.counters import DROPPED, POINTS, Counters
-from celery_influx.database import Database
+from celery_influx.database import Database, close_all
 from celery_influx.errors import INTERRUPTS, ConfigError
 from celery_influx.field_types import TypeTable
 from celery_influx.measurements import CELERY_TASK
@@ -197,11 +197,7 @@ class Influx:
         if self._worker and self._worker.is_own():
             relayed = self._worker.close_relay(limit)
             self._worker.ends = deadline
-        # All are told first, so that one hung server does not use up the others' time.
-        for database in self:
-            database.finish(deadline)
-        closed = [database.close(max(0.0, deadline - time.monotonic())) for database in self]
-        return relayed and all(closed)
+        return close_all(list(self), deadline) and relayed
 
     def time_to_exit(self) -> float | None:
         """Seconds that ``close`` has at exit, for points that came after a worker's shutdown."""

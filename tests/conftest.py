@@ -7,6 +7,9 @@ import fcntl
 import gc
 import os
 import socket
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -128,6 +131,19 @@ def database(influxd: Influxd) -> str:
     name = f"test{next(_databases)}"
     influxd.query(f'CREATE DATABASE "{name}"')
     return name
+
+
+def run_python(
+    code: str, *arguments: str, flags: tuple[str, ...] = (), timeout: float = 30
+) -> subprocess.CompletedProcess[str]:
+    """Run ``code``, which may be indented, in a Python of its own that finds what this one does."""
+    return subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 class Receiver:

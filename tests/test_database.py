@@ -10,9 +10,7 @@ import logging
 import os
 import resource
 import socket
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -38,6 +36,7 @@ from celery_influx.runs import Runs
 from celery_influx.speedups import extension
 from celery_influx.stamps import Stamps, make_stamps, python_stamps
 from celery_influx.transports.http import HTTPClient
+from tests.conftest import run_python
 from tests.servers import Influxd, free_port, wait_for
 from tests.test_relay import exit_code, fork, open_files
 
@@ -1295,13 +1294,7 @@ def test_at_the_end_of_the_interpreter_what_waits_is_sent_without_a_plugin_too(
             database.send_data(Point("m", {{"f": 1}}, {{"database": database.name}}))
     """
 
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    run = run_python(code)
 
     assert (run.returncode, run.stderr) == (0, "")
     assert {point.tags["database"] for point in server.points(2) if point.tags} == {"a", "b"}

@@ -16,9 +16,7 @@ import functools
 import itertools
 import logging
 import os
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import traceback
@@ -37,6 +35,7 @@ from celery_influx import timing
 from celery_influx.database import Database
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
+from tests.conftest import run_python
 from tests.python_only import python_only
 from tests.servers import wait_for
 from tests.test_database import Server
@@ -792,15 +791,8 @@ def test_a_fork_while_another_thread_loads_what_it_needs_leaves_the_child_with_a
 ) -> None:
     scene = Scene("database", scheme)
     try:
-        run = subprocess.run(
-            [
-                *(sys.executable, "-W", "ignore", "-c", textwrap.dedent(_FORK)),
-                *(first, scheme, str(scene.server.port)),
-            ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-            timeout=60,
+        run = run_python(
+            _FORK, first, scheme, str(scene.server.port), flags=("-W", "ignore"), timeout=60
         )
 
         assert (run.returncode, run.stderr) == (0, "")
@@ -839,13 +831,7 @@ def test_a_fork_while_timed_warns_that_there_is_no_plugin_does_not_hang_the_chil
         sys.exit(code)
     """
 
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    run = run_python(code, flags=("-W", "ignore"), timeout=60)
 
     assert run.returncode == 0, run.stderr
     assert "has no celery_influx plugin" in run.stderr

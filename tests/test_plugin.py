@@ -7,9 +7,6 @@ import importlib
 import json
 import os
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections import UserDict
@@ -26,7 +23,7 @@ import celery_influx
 from celery_influx.counters import COUNTERS
 from celery_influx.errors import ConfigError
 from celery_influx.plugin import find
-from tests.conftest import Receiver
+from tests.conftest import Receiver, run_python
 from tests.servers import Influxd, free_port, wait_for
 
 
@@ -156,13 +153,7 @@ def test_install_reads_no_configuration_opens_nothing_and_starts_nothing() -> No
                           "requests": "requests" in sys.modules, "said": records}))
     """
 
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    run = run_python(code)
 
     assert run.stderr == ""
     assert json.loads(run.stdout) == {
