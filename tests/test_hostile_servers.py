@@ -417,3 +417,17 @@ def test_who_says_nothing_is_not_called_slow_by_who_had_no_time_to_look(late: fl
             pieces.read(1)
 
     assert type(caught.value) is TimeoutError
+
+
+def test_who_never_stops_sending_is_left_though_no_piece_was_waited_for() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        one.settimeout(SHORT)
+        pieces = bounded._Pieces(socket.SocketIO(one, "r"), one)
+        started = time.monotonic()
+        with pytest.raises(bounded.TooSlowError):
+            while time.monotonic() < started + 10:
+                other.send(b"x")  # there before it is asked for
+                pieces.read(1)
+
+        assert one.gettimeout() == SHORT

@@ -51,10 +51,10 @@ class _Pieces(io.RawIOBase):
         left = self._end - time.monotonic()
         # The first wait of all is as long as the timeout: then nothing has to be set.
         shortened = self._has_begun and left < 0.999 * self._timeout
-        if shortened and left <= 0:
-            raise self._too_slow()
         try:
             if shortened:
+                if left <= 0:
+                    raise TimeoutError  # noqa: TRY301 - told as any wait that is over
                 self._socket.settimeout(left)
             count: int | None = self._pieces.readinto(buffer)
         except TimeoutError as error:
