@@ -431,3 +431,15 @@ def test_who_never_stops_sending_is_left_though_no_piece_was_waited_for() -> Non
                 pieces.read(1)
 
         assert one.gettimeout() == SHORT
+
+
+def test_who_stops_right_after_a_beginning_is_called_slow() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        one.settimeout(SHORT)
+        other.send(b"H")
+        pieces = bounded._Pieces(socket.SocketIO(one, "r"), one)
+        assert pieces.read(1) == b"H"
+
+        with pytest.raises(bounded.TooSlowError):
+            pieces.read(1)

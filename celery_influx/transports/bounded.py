@@ -50,7 +50,7 @@ class _Pieces(io.RawIOBase):
         """Wait for a piece."""
         left = self._end - time.monotonic()
         # The first wait of all is as long as the timeout: then nothing has to be set.
-        shortened = self._has_begun and left < 0.999 * self._timeout
+        shortened = self._has_begun and left < self._timeout
         try:
             if shortened:
                 if left <= 0:
