@@ -56,6 +56,8 @@ _FATES = {
     **dict.fromkeys(("400", "422", *_TOO_LONG), Fate.SPLIT),
     "conflict": Fate.AGAIN,
 }
+#: In the words by which a server says why it does not take a line: each is a cause of its own.
+_REFUSALS = ("unable to parse", "field type conflict", "retention policy", "max-values-per-tag")
 _COUNTERS = {
     Fate.NO_ANSWER: ERRORS_NO_ANSWER,
     Fate.BUSY: ERRORS_BUSY,
@@ -103,7 +105,10 @@ class Delivery:
     LONGEST_WAIT = 30.0
     #: Seconds: and it may not ask for more.
     LONGEST_WISH = 3_600.0
-    #: Most requests by which the bad lines of one batch are looked for.
+    #: Characters that the log has of a batch's refusals.
+    _WORDS = 500
+    #: Most requests by which the bad lines of one batch are looked for, and most that are too long
+    #: one after the other.
     MOST_REQUESTS = 64
 
     def __init__(
@@ -139,6 +144,7 @@ class Delivery:
         self._took_others = False
         self._is_kept = False  # the batch is in the spool, whatever becomes of its attempt
         self._largest_taken = 0  # part of a batch that was too long, in lines
+        self._refused: list[SendError] = []  # for each line of the batch that was found by halves
         self._answered()
         self._begin()
 
@@ -157,7 +163,7 @@ class Delivery:
         self._answers = 0
         self._first_failure: float | None = None
         self._repeated = False
-        self._refusal = ""
+        self._refusal = ""  # the last one
 
     @property
     def max_bytes(self) -> int:
@@ -260,15 +266,19 @@ class Delivery:
             self._took_others = self._took_others or not self._is_head
             self._learn_length(len(self._parts.first))
             self._parts.taken()
-        if self._parts and self._parts.requests >= self.MOST_REQUESTS:
-            count = self.held
+        requests = max(self._parts.requests, self._parts.too_long_in_a_row)
+        if self._parts and requests >= self.MOST_REQUESTS:
+            self._say_refused()
+            count, why = self.held, f"found no end of bad lines: {self._refusal}"
             self._parts.clear()
-            self._reject(count, count, f"found no end of bad lines: {self._refusal}", "no end")
+            self._reject(count)
+            self._say_rejected("no end", count, count, why)
         if not self._parts:
             self._done()
 
     def _done(self) -> None:
         """Nothing of the batch is left, here or in the spool."""
+        self._say_refused()
         if self._largest_taken:
             self.most_lines, self._largest_taken = self._largest_taken, 0
         if self._spool and self._is_head:
@@ -295,9 +305,9 @@ class Delivery:
         counters[BYTES] += size
         counters[SENT] += count - rejected
         if rejected:
-            self._reject(
-                rejected, count, getattr(self._transport, "rejection", None) or "no reason given"
-            )
+            why = getattr(self._transport, "rejection", None) or "no reason given"
+            self._reject(rejected)
+            self._say_rejected("partial", rejected, count, why)
 
     def _see_to(self, error: SendError) -> None:
         """An attempt at the first part has failed."""
@@ -308,6 +318,7 @@ class Delivery:
         self._counters[_COUNTERS.get(fate, ERRORS_REFUSED)] += 1
         if fate is Fate.AGAIN and not self._repeated:
             self._repeated = True  # InfluxDB has taken the rest by then, and says what it did not
+            self._parts.repeated()
         elif fate in (Fate.AGAIN, Fate.SPLIT):
             self._split(error)
         elif fate is Fate.FINAL:
@@ -411,15 +422,27 @@ class Delivery:
         self._refusal = str(error)
         too_long = error.cause in _TOO_LONG
         if parts.too_long() if too_long else parts.refused():
-            self._reject(1, 1, self._refusal)
+            self._reject(1)
+            self._refused.append(error)
         elif too_long:
             self._largest_taken = self._largest_taken or 1
 
-    def _reject(self, rejected: int, count: int, why: str, cause: str = "rejected") -> None:
+    def _say_refused(self) -> None:
+        """Name the lines of the batch that were found by halves."""
+        if self._refused:
+            why = "; ".join(dict.fromkeys(map(str, self._refused)))
+            why = why if len(why) <= self._WORDS else why[: self._WORDS - 1] + "…"
+            self._say_rejected(self._refused[-1].cause, len(self._refused), self._size, why)
+            self._refused.clear()
+
+    def _reject(self, rejected: int) -> None:
         self._counters[REJECTED] += rejected
         self.failed += rejected
+
+    def _say_rejected(self, cause: str, rejected: int, count: int, why: str) -> None:
+        known = next((words for words in _REFUSALS if words in why), "")
         self._report.warn(
-            cause,
+            f"rejected {cause} {known}",
             "%s: the server rejected %d of %d lines: %s",
             self._name,
             rejected,
@@ -478,8 +501,7 @@ class Delivery:
 
     def reject(self, lines: int) -> None:
         """Count ``lines`` that are longer than any payload."""
-        self._counters[REJECTED] += lines
-        self.failed += lines
+        self._reject(lines)
         address = self._transport.address
         self._report.warn(
             "too long",

@@ -14,6 +14,7 @@ class Parts:
 
     Attributes:
         requests: Payloads since the first refusal, itself among them.
+        too_long_in_a_row: Payloads since the last one that was not too long.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class Parts:
         self._begin()
 
     def _begin(self) -> None:
-        self.requests = 0
+        self.requests = self.too_long_in_a_row = 0
         self._halved = False  # one of the first two parts has a bad line
 
     def add(self, *lists: list[bytes]) -> None:
@@ -46,12 +47,18 @@ class Parts:
         """The first one went through."""
         self._parts.popleft()
         self.requests += bool(self.requests)
+        self.too_long_in_a_row = 0
         if self._halved:
             self._halve()
+
+    def repeated(self) -> None:
+        """The first one goes once more."""
+        self.requests += 1
 
     def refused(self) -> bool:
         """The first one has a bad line; whether it was that line alone, which is out now."""
         self.requests += 1
+        self.too_long_in_a_row = 0
         self._join_what_is_unknown()
         if len(self.first) == 1:
             self._parts.popleft()
@@ -62,8 +69,9 @@ class Parts:
     def too_long(self) -> bool:
         """The first one has too many lines, or too long a one; whether it was that alone.
 
-        This comes to an end by itself, so it counts as no request.
+        Good lines take as many requests as the server's limit makes of them, and so none counts.
         """
+        self.too_long_in_a_row += 1
         self._join_what_is_unknown()
         if len(self.first) == 1:
             self._parts.popleft()

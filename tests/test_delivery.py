@@ -451,11 +451,12 @@ def test_with_no_age_nothing_is_tried_again(cause: str) -> None:
 
 
 def refuse(bad: set[bytes], cause: str = "400") -> Callable[[list[bytes]], int]:
-    """A judge that takes nothing of a payload with one of these lines."""
+    """A judge that takes nothing of a payload with one of these lines, and names the first."""
 
     def judge(lines: list[bytes]) -> int:
-        if bad.intersection(lines):
-            raise failure(cause)
+        first = next((line for line in lines if line in bad), None)
+        if first is not None:
+            raise SendError(f"it said {cause}: bad {first.decode()}", cause)
         return 0
 
     return judge
@@ -480,9 +481,8 @@ def test_of_a_batch_refused_whole_only_the_bad_lines_are_rejected(
     assert (found["sent"], found["rejected"]) == (4_997, 3)
     assert found["errors"] == found["errors_refused"]
     assert len(scene.server.payloads) < 50
-    assert caplog.messages == [
-        f"metrics: the server rejected 1 of 1 lines: it said {cause}; mend it so"
-    ]
+    named = "; ".join(f"it said {cause}: bad line {number}" for number in (0, 2_345, 4_999))
+    assert caplog.messages == [f"metrics: the server rejected 3 of 5000 lines: {named}"]
 
 
 def test_after_64_requests_the_rest_of_a_batch_is_rejected(
@@ -497,11 +497,59 @@ def test_after_64_requests_the_rest_of_a_batch_is_rejected(
 
     assert scene.delivery.held == 0
     assert len(scene.server.payloads) == 64
-    assert caplog.messages[-1].endswith("found no end of bad lines: it said 400; mend it so")
+    assert "found no end of bad lines: it said 400: bad line" in caplog.messages[-1]
     found = scene.counted()
     assert found["sent"] == len(scene.server.stored)
     assert found["sent"] + found["rejected"] == 5_000
     assert scene.delivery.failed == found["rejected"]
+
+
+def test_the_attempt_after_a_conflict_is_one_of_the_64() -> None:
+    scene = Scene(Server(failure("conflict")))
+    scene.server.judge = refuse({b"line %d" % number for number in range(0, 5_000, 3)})
+
+    scene.delivery.deliver([b"line %d" % number for number in range(5_000)])
+    scene.go_on()
+
+    assert len(scene.server.payloads) == 64
+
+
+@pytest.mark.parametrize("cause", ["413", "EMSGSIZE"])
+def test_to_whom_everything_is_too_long_64_requests_are_made(
+    cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(Server())
+    scene.server.judge = lambda lines: failure(cause)
+
+    scene.delivery.deliver([b"line %d" % number for number in range(5_000)])
+    scene.go_on()
+
+    assert len(scene.server.payloads) == 64
+    assert scene.counted()["rejected"] == scene.delivery.failed == 5_000
+    assert caplog.messages[0].startswith("metrics: the server rejected 28 of 5000 lines: it said")
+    assert caplog.messages[1].startswith("metrics: the server rejected 4972 of 4972 lines: found")
+
+
+def test_each_cause_of_a_rejection_is_said_on_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    reasons = [
+        "partial write: unable to parse 'x': missing fields dropped=0",
+        'partial write: field type conflict: input field "f" on measurement "m" is type string',
+        "partial write: points beyond retention policy dropped=1",
+    ]
+    scene = Scene(Server())
+    for reason in (*reasons, *reasons):
+        scene.server.answers, scene.server.rejection = [1], reason
+        scene.delivery.deliver(BATCH)
+    for cause in ("413", "422", "413", "422"):
+        scene.server.judge = refuse({b"a f=1"}, cause)
+        scene.delivery.deliver(BATCH)
+        scene.go_on()
+
+    assert caplog.messages == [
+        *(f"metrics: the server rejected 1 of 3 lines: {reason}" for reason in reasons),
+        "metrics: the server rejected 1 of 3 lines: it said 413: bad a f=1",
+        "metrics: the server rejected 1 of 3 lines: it said 422: bad a f=1",
+    ]
 
 
 @pytest.mark.parametrize("cause", ["413", "EMSGSIZE"])
