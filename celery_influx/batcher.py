@@ -58,6 +58,9 @@ class Batcher:
         flush_interval: Longest time a line waits, in seconds.
         clock: Seconds; with ``sleep``, for tests of long outages.
         sleep: Waits until the lock is released, so many seconds at most.
+
+    Attributes:
+        owner: Lives as long as the thread does.
     """
 
     #: Seconds that `close` has for what other threads send while it closes.
@@ -78,6 +81,7 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[threading.Lock, float], object] = _sleep,
     ) -> None:
+        self.owner: object = None
         self._name = name
         self._buffer = buffer
         self._delivery = delivery
@@ -228,6 +232,7 @@ class Batcher:
             self._wanted = False
             self._drain()
             rest = self._catch_up()
+        self._drain()  # for the end may have come before the first wait
         self._delivery.end()
         self._settle()
         if self._is_left:

@@ -24,7 +24,7 @@ from celery_influx.errors import (
     FieldError,
     InfluxError,
     PointError,
-    show,
+    show_caught,
 )
 from celery_influx.field_types import FieldTypes, TypeTable, server_types
 from celery_influx.line_protocol import Encoder
@@ -220,7 +220,7 @@ class Database(_Way):
             raise error  # no point's fault
         if not isinstance(error, PointError):
             wrong = PointError(
-                f"the point cannot be read: {show(error)}; "
+                f"the point cannot be read: {show_caught(error)}; "
                 "expected a Point or a mapping of plain values"
             )
             wrong.__cause__ = error
@@ -441,6 +441,8 @@ class Database(_Way):
                     batch_size=self.options.batch_size,
                     flush_interval=self.options.flush_interval,
                 )
+                # Else who has let go of the database would lose what the thread is to send.
+                self._batcher.owner = self
                 # With no call in between, and so no signal's handler that may close it.
                 self._accept = quickest
             finally:
@@ -729,7 +731,9 @@ def _from_line(given: Any) -> Point:
         unit = str(getattr(given, "write_precision", None) or "ns")
         point: Point | None = decode(line.encode()) if line else None
     except Exception as error:  # a user's class may raise anything
-        raise PointError(f"{source} failed: {show(error)}; expected one line of text") from error
+        raise PointError(
+            f"{source} failed: {show_caught(error)}; expected one line of text"
+        ) from error
     if point is None:
         raise FieldError(
             f"{source} gave nothing, which is a point without fields; "

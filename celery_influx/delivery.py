@@ -133,6 +133,7 @@ class Delivery:
         self._retry_tries = retry_tries
         self._spool = spool
         self._spool_first = spool_first
+        self._is_open = False
         self._clock = clock
         self._spread = spread
         self.failed = self.spooled = 0
@@ -180,7 +181,8 @@ class Delivery:
         try:
             if self._spool:
                 self._spool.open()
-        except OSError as error:
+            self._is_open = True
+        except Exception as error:  # noqa: BLE001 - pathlib, too, raises RuntimeError at a loop of links
             self._spool = None
             self._report.warn(
                 "spool open",
@@ -482,8 +484,8 @@ class Delivery:
         self._done()
 
     def can_keep(self, timeout: float) -> bool:
-        """Whether there is a spool, and no other thread that hangs at its disk."""
-        return self._spool is not None and self._spool.is_free(timeout)
+        """Whether there is an open spool, and no other thread that hangs at its disk."""
+        return self._is_open and self._spool is not None and self._spool.is_free(timeout)
 
     def keep(self, lines: list[bytes]) -> bool:
         """At the end: have ``lines`` in the spool; whether they are."""

@@ -24,10 +24,8 @@ def show(value: object) -> str:
     """``repr(value)``, short, and whatever its ``__repr__`` does.
 
     Raises:
-        Exception: One of ``INTERRUPTS`` came meanwhile, or ``value`` is one.
+        Exception: One of ``INTERRUPTS`` came meanwhile.
     """
-    if isinstance(value, Exception) and isinstance(value, tuple(INTERRUPTS)):
-        raise value
     try:
         text = repr(value)
     except tuple(INTERRUPTS):
@@ -35,6 +33,17 @@ def show(value: object) -> str:
     except Exception as error:  # noqa: BLE001 - a user's __repr__ may raise anything
         return f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= 100 else f"{text[:80]}...{text[-10:]}"
+
+
+def show_caught(error: Exception) -> str:
+    """``show`` of what was raised while a point was read.
+
+    Raises:
+        Exception: ``error`` itself, where it is one of ``INTERRUPTS``.
+    """
+    if isinstance(error, tuple(INTERRUPTS)):
+        raise error
+    return show(error)
 
 
 class InfluxError(Exception):

@@ -23,7 +23,7 @@ from enum import Enum
 from types import ModuleType
 from typing import Any
 
-from celery_influx.errors import DecodeError, FieldError, PointError, show
+from celery_influx.errors import DecodeError, FieldError, PointError, show, show_caught
 from celery_influx.field_types import FieldTypes
 from celery_influx.line_reader import (
     MAX_INT,
@@ -354,7 +354,8 @@ def _items(name: str, what: str, mapping: object) -> list[tuple[str, Any]]:
         items = [(key, value) for key, value in mapping.items()]
     except Exception as error:
         raise PointError(
-            f"{name}: {what} cannot be read: {show(error)}; expected a mapping such as a dict"
+            f"{name}: {what} cannot be read: {show_caught(error)};"
+            " expected a mapping such as a dict"
         ) from error
     found: dict[str, Any] = {}
     for given, value in items:
@@ -381,7 +382,7 @@ def _texts(name: str, tags: object) -> dict[str, str]:
         except Exception as error:
             raise PointError(
                 f"{name}: tag {show(key)}: str() of its {type(value).__name__} raised"
-                f" {show(error)}; expected a str, or a value that str() takes"
+                f" {show_caught(error)}; expected a str, or a value that str() takes"
             ) from error
         found[key] = str.__str__(text)
     return found
@@ -433,7 +434,7 @@ def _value(name: str, key: str, given: object) -> float | bool | str | None:
                 break
         except Exception as error:
             raise FieldError(
-                f"{name}: field {show(key)} cannot be read: {show(error)};"
+                f"{name}: field {show(key)} cannot be read: {show_caught(error)};"
                 " expected float, int, bool or str"
             ) from error
         if math.isinf(number) and number != value:
@@ -470,7 +471,7 @@ def _ticks(name: str, timestamp: object, unit: int) -> int:
         ) from None
     except Exception as error:
         raise PointError(
-            f"{name}: timestamp {show(given)} cannot be read: {show(error)};"
+            f"{name}: timestamp {show(given)} cannot be read: {show_caught(error)};"
             " expected nanoseconds since 1970 as an int, or a datetime"
         ) from error
     ticks = nanoseconds // unit

@@ -17,6 +17,7 @@ import pytest
 import redis
 from celery import Celery
 
+from celery_influx.errors import INTERRUPTS
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
 from tests import servers
@@ -144,6 +145,18 @@ def run_python(
         text=True,
         timeout=timeout,
     )
+
+
+class TimeIsUp(Exception):
+    """Stands for Celery's SoftTimeLimitExceeded, which a signal's handler raises anywhere."""
+
+
+@pytest.fixture
+def time_is_up() -> Iterator[None]:
+    """``TimeIsUp`` means the caller."""
+    INTERRUPTS.add(TimeIsUp)
+    yield
+    INTERRUPTS.discard(TimeIsUp)
 
 
 class Receiver:

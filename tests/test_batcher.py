@@ -804,6 +804,69 @@ def test_a_line_put_after_the_threads_last_look_is_sent_by_close(gate: Gate, mak
     assert gate.payloads == [b"late"]
 
 
+class Opening:
+    """Spools are opened as long as this says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began, self.may_end = threading.Event(), threading.Event()
+        at_once = Spool.open
+
+        def later(spool: Spool) -> None:
+            self.began.set()
+            self.may_end.wait(60)
+            at_once(spool)
+
+        monkeypatch.setattr(Spool, "open", later)
+
+
+@pytest.fixture
+def opening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opening]:
+    found = Opening(monkeypatch)
+    yield found
+    found.may_end.set()
+
+
+def test_told_to_finish_before_its_first_wait_the_thread_sends_what_there_is(
+    gate: Gate, make, tmp_path: Path, opening: Opening
+) -> None:
+    gate.seconds = 0.1
+    setup = make(gate, batch_size=1, spool=tmp_path)
+    setup.buffer.put([b"line"] * 5)
+    assert opening.began.wait(5)
+
+    setup.batcher.finish(time.monotonic() + 10)
+    opening.may_end.set()
+
+    assert setup.batcher.close(10) is True
+    assert setup.counted() == {"sent": 5, "payloads": 5}
+
+
+def test_close_gives_up_in_time_where_the_thread_has_not_had_its_first_wait(
+    gate: Gate, make, tmp_path: Path, opening: Opening
+) -> None:
+    gate.open.clear()
+    setup = make(gate, spool=tmp_path)
+    setup.buffer.put([b"line"])
+    assert opening.began.wait(5)
+    setup.batcher.finish(time.monotonic() + 0.5)
+    opening.may_end.set()
+    began = time.monotonic()
+
+    assert setup.batcher.close(0.5) is False
+    assert time.monotonic() - began < 10  # and not 60, as the transport would hang
+
+
+def test_close_gives_up_in_time_where_the_spool_has_not_been_opened(
+    gate: Gate, make, tmp_path: Path, opening: Opening
+) -> None:
+    setup = make(gate, spool=tmp_path)
+    setup.buffer.put([b"line"])
+    assert opening.began.wait(5)
+
+    assert setup.batcher.close(0.1) is False
+    assert setup.counted() == {"dropped": 1}
+
+
 @pytest.mark.alone
 def test_all_told_to_finish_first_share_one_deadline(make) -> None:
     gates = [Gate() for _ in range(3)]

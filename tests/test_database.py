@@ -27,7 +27,7 @@ import pytest
 from celery_influx.batcher import Batcher
 from celery_influx.counters import Counters
 from celery_influx.database import Database
-from celery_influx.errors import INTERRUPTS, PointError
+from celery_influx.errors import PointError
 from celery_influx.line_reader import decode
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
@@ -36,7 +36,7 @@ from celery_influx.runs import Runs
 from celery_influx.speedups import extension
 from celery_influx.stamps import Stamps, make_stamps, python_stamps
 from celery_influx.transports.http import HTTPClient
-from tests.conftest import run_python
+from tests.conftest import TimeIsUp, run_python
 from tests.servers import Influxd, free_port, wait_for
 from tests.test_relay import exit_code, fork, open_files
 
@@ -390,10 +390,6 @@ def test_a_list_in_a_list_is_rejected_and_its_neighbours_are_not(make, server: S
     assert account(database) == {"points": 2, "sent": 1, "rejected": 1}
 
 
-class TimeIsUp(Exception):
-    """Stands for Celery's SoftTimeLimitExceeded, which a signal handler raises anywhere."""
-
-
 class Slow:
     def __str__(self) -> str:
         raise TimeIsUp
@@ -407,14 +403,34 @@ class Slow:
         (Point("m", {"f": 1}, {"t": Slow()}) for _ in range(1)),
     ],
 )
-def test_the_end_of_a_tasks_time_is_not_taken_for_a_bad_point(make, given: object) -> None:
-    INTERRUPTS.add(TimeIsUp)
+def test_the_end_of_a_tasks_time_is_not_taken_for_a_bad_point(
+    make, given: object, time_is_up: None
+) -> None:
     database = make()
 
     with pytest.raises(TimeIsUp):
         database.send_data(given)
 
     assert account(database) == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Point("m", {"f": TimeIsUp()}),
+        Point("m", {"f": 1}, None, TimeIsUp()),  # type: ignore[arg-type]
+        Point(TimeIsUp(), {"f": 1}),  # type: ignore[arg-type]
+        TimeIsUp(),
+    ],
+)
+def test_who_sends_the_end_of_a_tasks_time_has_sent_a_bad_point(
+    make, given: object, time_is_up: None
+) -> None:
+    database = make()
+
+    database.send_data(given)
+
+    assert account(database) == {"points": 1, "rejected": 1}
 
 
 def test_a_thousand_bad_points_are_said_once_a_minute(
@@ -814,12 +830,17 @@ def test_closed_while_the_server_is_away_it_tries_at_once_and_counts_what_it_cou
         assert account(database) == {**found, "points": 26, "sent": 1}
 
 
+NO_THREAD = RuntimeError("can't start new thread")
+
+
 @contextlib.contextmanager
-def no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As at the end of the interpreter, or at a user's limit."""
+def no_thread_starts(
+    monkeypatch: pytest.MonkeyPatch, error: Exception = NO_THREAD
+) -> Iterator[None]:
+    """As at the end of the interpreter, or at a user's limit, or by a signal meanwhile."""
 
     def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
@@ -840,6 +861,19 @@ def test_where_no_thread_can_be_started_points_wait_and_it_is_said(
     database.send_data(WHOLE)
     assert database.flush(5) is True
     assert account(database) == {"points": 4, "sent": 4}
+
+
+def test_a_tasks_time_may_end_while_the_thread_is_started(
+    make, server: Server, monkeypatch: pytest.MonkeyPatch, time_is_up: None
+) -> None:
+    database = make()
+
+    with no_thread_starts(monkeypatch, TimeIsUp()), pytest.raises(TimeIsUp):
+        database.send_data(WHOLE)
+
+    database.send_data(WHOLE)
+    assert database.flush(5) is True
+    assert account(database) == {"points": 2, "sent": 2}
 
 
 def test_close_drops_counts_and_says_what_waits_where_no_thread_can_be_started(
@@ -1298,3 +1332,22 @@ def test_at_the_end_of_the_interpreter_what_waits_is_sent_without_a_plugin_too(
 
     assert (run.returncode, run.stderr) == (0, "")
     assert {point.tags["database"] for point in server.points(2) if point.tags} == {"a", "b"}
+
+
+def test_so_is_what_a_database_has_that_nobody_knows_any_more(server: Server) -> None:
+    code = f"""
+        import gc
+
+        from celery_influx.database import Database
+        from celery_influx.options import DatabaseOptions
+        from celery_influx.point import Point
+
+        options = {{"host": "127.0.0.1", "udp_port": {server.port}, "flush_interval": 3_600}}
+        Database(DatabaseOptions(name="a", **options)).send_data(Point("m", {{"f": 1}}))
+        gc.collect()
+    """
+
+    run = run_python(code)
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert server.points(1)

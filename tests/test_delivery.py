@@ -684,3 +684,27 @@ def test_whatever_a_server_answers_each_line_has_one_fate_and_it_comes_to_an_end
         assert scene.delivery.failed == found["lost"] + found["rejected"]
     parts = ("errors_no_answer", "errors_busy", "errors_access", "errors_refused")
     assert sum(found[name] for name in parts) == found["errors"]
+
+
+def test_a_spool_that_cannot_be_opened_leaves_the_batch_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    scene = Scene(Server(failure("timeout")))
+    row = scene.counters.row(0)
+    report = Report(logging.getLogger("tests.delivery"))
+    scene.delivery = Delivery(
+        "metrics",
+        scene.server,
+        row,
+        report,
+        retry_age=60.0,
+        spool=Spool("metrics", "here", str(loop), 10_000_000, row, report),
+    )
+
+    scene.delivery.open()
+    scene.delivery.deliver(BATCH)
+
+    assert scene.delivery.held == 3
+    assert caplog.messages[0].startswith("metrics: no spool, so points wait in memory only: ")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from celery_influx.report import Report
+from tests.conftest import TimeIsUp
 
 LOGGER = logging.getLogger("tests.report")
 
@@ -54,6 +55,19 @@ def test_a_cause_is_said_once_a_minute_with_the_count_of_the_rest(
         "at 200",
     ]
     assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+def test_a_tasks_time_may_end_in_a_log_filter(
+    report: Report, filtered: list[object], time_is_up: None
+) -> None:
+    def ends(record: logging.LogRecord) -> bool:
+        raise TimeIsUp
+
+    LOGGER.addFilter(ends)
+    filtered.append(ends)
+
+    with pytest.raises(TimeIsUp):
+        report.warn("cause", "text")
 
 
 def test_causes_do_not_silence_each_other(report: Report, caplog: pytest.LogCaptureFixture) -> None:
