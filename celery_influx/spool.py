@@ -3,7 +3,7 @@
 One folder per database. Each process that spools there is an *owner*, and named by when it began:
 
 - ``OWNER.lock`` is locked for as long as the process lives, by a lock that no child inherits. In it
-  stands how far one of the owner's segments has been sent.
+  stands, as a record, how far one of the owner's segments has been sent.
 - ``OWNER.00000001.spool``, ...: its segments, only ever appended to, oldest first.
 - ``OWNER.hand.spool``: the batch that is being sent, where that is asked for.
 
@@ -22,7 +22,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -52,15 +52,18 @@ class _Owner:
     path: Path  # of its lock
     lock: int
 
-    def sent_of(self, segment: Path) -> int:
-        """How many bytes of a segment have been sent."""
-        text = os.pread(self.lock, 300, 0).decode("ascii", "replace").partition("\n")[0]
-        name, _, place = text.partition(" ")
-        return int(place) if name == segment.name and place.isdecimal() else 0
+    def sent_of(self, segment: Path, ends: Iterable[int]) -> int:
+        """How many bytes of a segment, whose records have these ``ends``, have been sent.
+
+        0 if there is any doubt: what is sent again is no loss, and what is passed over is one.
+        """
+        data = os.pread(self.lock, 300, 0)
+        notes = [unpack(data, start, count) for start, _, count in records(data)]
+        return next((end for end in ends if _note(segment, end) in notes), 0)
 
     def note(self, segment: Path, place: int) -> None:
         """Have it stand in the lock how much of which segment has been sent."""
-        os.pwrite(self.lock, f"{segment.name} {place:012d}\n".encode(), 0)
+        os.pwrite(self.lock, pack(_note(segment, place)), 0)
 
     def release(self, *, is_done: bool) -> None:
         """Let others have it; or, if all of it was sent, remove it."""
@@ -70,6 +73,10 @@ class _Owner:
             _left.add((os.getpid(), self.path))
         _ours.discard((os.getpid(), self.path))
         os.close(self.lock)
+
+
+def _note(segment: Path, place: int) -> list[bytes]:
+    return [segment.name.encode(), b"%d" % place]
 
 
 @dataclass
@@ -391,8 +398,10 @@ class Spool:
     def _load(self, segment: _Segment) -> tuple[bytes, deque[tuple[int, int, int]]]:
         """Read a segment, and count its lines if they are not yet counted."""
         data = segment.path.read_bytes()
-        sent = segment.owner.sent_of(segment.path)
-        found = deque(records(data, sent))
+        found = deque(records(data))
+        sent = segment.owner.sent_of(segment.path, [end for _, end, _ in found])
+        while found and found[0][0] < sent:
+            found.popleft()
         whole = sum(end - start for start, end, _ in found)
         if whole < len(data) - sent:
             self._report.warn(

@@ -24,8 +24,9 @@ def _crc(count: int, body: bytes | memoryview) -> int:
     return zlib.crc32(body, zlib.crc32(_SIZES.pack(count, len(body))))
 
 
-def records(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Start, end and number of lines of each whole record in ``data`` from ``start`` on."""
+def records(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Start, end and number of lines of each whole record in ``data``."""
+    start = 0
     while (start := data.find(_MAGIC, start)) >= 0:
         if len(data) - start < _HEADER.size:
             return

@@ -481,6 +481,54 @@ def test_damage_never_keeps_the_next_process_from_its_start(make, caplog, damage
     assert files(second) == ["lock"]
 
 
+def test_no_damage_to_the_note_of_what_was_sent_passes_over_what_was_not(make) -> None:
+    """A bit of it changed, cut off, or written without a checksum, as it was once: all comes again."""
+    first = make()
+    for number in range(4):
+        first.spool.append(batch(number))
+    first.spool.head()
+    first.spool.pop()
+    first.spool.close()
+    (segment,) = first.spool.folder.glob("*.spool")
+    (lock,) = first.spool.folder.glob("*.lock")
+    data, whole = segment.read_bytes(), lock.read_bytes()
+    note = whole.rstrip()
+    second = make()
+
+    def found_with(noted: bytes) -> list[list[bytes]]:
+        segment.write_bytes(data)
+        lock.write_bytes(noted)
+        second.now += Spool.LOOK
+        return second.all()
+
+    everything = [batch(number) for number in range(4)]
+    assert found_with(whole) == found_with(note) == everything[1:]
+    for place in range(len(note)):
+        for bit in range(8):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            assert found_with(bytes(changed)) == everything, (place, bit)
+        assert found_with(note[:place]) == everything, place
+    unchecked = f"{segment.name} {len(data) // 2:012d}\n".encode()
+    assert found_with(unchecked + whole[len(unchecked) :]) == everything
+    assert files(second) == ["lock"]
+
+
+@pytest.mark.parametrize("content", ["other batches", "fewer"])
+def test_a_note_that_fits_no_end_of_a_batch_passes_over_nothing(make, content: str) -> None:
+    first = make()
+    for number in range(3):
+        first.spool.append(batch(number))
+    for _ in range(2):
+        first.spool.head()
+        first.spool.pop()
+    first.spool.close()
+    (segment,) = first.spool.folder.glob("*.spool")
+    there = [batch(7, 8), batch(8)] if content == "other batches" else [batch(9)]
+    segment.write_bytes(b"".join(map(pack, there)))
+    assert make().all() == there
+
+
 def test_a_batch_in_hand_is_found_again_unless_it_was_let_go(make) -> None:
     first = make()
     first.spool.hold(batch(1))
