@@ -190,7 +190,10 @@ class Spool:
             )
 
     def _begin(self) -> _Owner:
+        new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         _make_private(self.folder)
+        for path in reversed(new):
+            self._sync_folder(path.parent)
         while True:
             path = self.folder / f"{time.time_ns():016x}-{os.getpid()}{_LOCK}"
             lock = _locked(path)
@@ -261,8 +264,7 @@ class Spool:
         path = self._path(f"{self._number:08d}")
         self._out = _open_to_append(path)
         self._segments.append(_Segment(path, self._own, 0, 0))
-        if self._fsync:
-            _sync_folder(self.folder)
+        self._sync_folder(self.folder)
 
     def _close_segment(self) -> None:
         out, self._out = self._out, None
@@ -276,6 +278,18 @@ class Spool:
         if self._fsync:
             os.fsync(file)
 
+    def _sync_folder(self, folder: Path) -> None:
+        """If it is asked for: what was made in it has its name there after a loss of power, too.
+
+        Not asked for a lock: segments without one are adopted all the same.
+        """
+        if self._fsync:
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
     def _path(self, part: str) -> Path:
         return self.folder / f"{self._own.path.stem}.{part}{_SEGMENT}"
 
@@ -284,6 +298,7 @@ class Spool:
         with self._lock:
             if self._hand is None:
                 self._hand = _open_to_append(self._path(_HAND))
+                self._sync_folder(self.folder)
             os.ftruncate(self._hand, 0)
             self._write(self._hand, pack(lines))
 
@@ -576,14 +591,6 @@ def _open_to_append(path: Path) -> int:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # gone already; or it is found again, and sent twice
         path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def shared_file_system(folder: str, mounts: str = "/proc/self/mountinfo") -> str:

@@ -664,12 +664,63 @@ def test_a_forked_child_lets_go_of_the_files(make) -> None:
     assert one.all() == [batch(0), batch(1)]
 
 
-def test_fsync_writes_the_same(make) -> None:
-    one = make(fsync=True)
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of each fsync: the name of the folder, and -1; or of the file, and its size by then."""
+    calls: list[tuple[str, int]] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        calls.append((name, -1 if stat.S_ISDIR(found.st_mode) else found.st_size))
+
+    monkeypatch.setattr(os, "fsync", record)
+    return calls
+
+
+def test_with_fsync_each_write_and_each_new_name_outlasts_a_loss_of_power(
+    tmp_path: Path, synced: list[tuple[str, int]]
+) -> None:
+    one = One(tmp_path / "new" / "spool", fsync=True)
+    folder = one.spool.folder.name
+    assert synced == [(tmp_path.name, -1), ("new", -1), ("spool", -1)]
+    synced.clear()
+
+    first, second, held = len(pack(batch(0))), len(pack(batch(1, 9))), len(pack(batch(2)))
+    one.spool.append(batch(0))
+    one.spool.append(batch(1, 9))
+    one.spool.hold(batch(2))
+    one.spool.hold(batch(2))
+    one.spool.SEGMENT = 1
+    one.spool.append(batch(3))
+
+    stem = next(one.spool.folder.glob("*.lock")).stem
+    assert synced == [
+        (folder, -1),
+        (f"{stem}.00000001.spool", first),
+        (f"{stem}.00000001.spool", first + second),
+        (folder, -1),
+        (f"{stem}.hand.spool", held),
+        (f"{stem}.hand.spool", held),
+        (folder, -1),
+        (f"{stem}.00000002.spool", first),
+    ]
+    synced.clear()
+    one.spool.close()
+    again = One(tmp_path / "new" / "spool", fsync=True)
+    assert again.all() == [batch(0), batch(1, 9), batch(3), batch(2)]
+    assert synced == []
+    again.spool.close()
+
+
+def test_without_fsync_nothing_waits_for_the_disk(make, synced: list[tuple[str, int]]) -> None:
+    one = make()
     one.spool.append(batch(0))
     one.spool.hold(batch(1))
-    one.spool.close()
-    assert make().all() == [batch(0), batch(1)]
+    one.spool.replace(batch(2))
+    assert synced == []
 
 
 MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
