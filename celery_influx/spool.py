@@ -36,7 +36,8 @@ from celery_influx.spool_records import pack, records, unpack
 _LOCK, _SEGMENT, _HAND = ".lock", ".spool", "hand"
 #: File systems whose locks or writes other machines, or other programs, answer for.
 _SHARED = re.compile(
-    r"nfs4?|cifs|smb3|smbfs|9p|afs|ceph|glusterfs|lustre|gfs2|ocfs2|fuse\.(sshfs|s3fs|glusterfs|rclone)"
+    r"nfs4?|cifs|smb3|smbfs|9p|afs|ceph|glusterfs|lustre|beegfs|gfs2|ocfs2|virtiofs|vboxsf"
+    r"|fuse\.(sshfs|s3fs|glusterfs|rclone|gcsfuse|juicefs)"
 )
 #: The locks that this process has: it may not open these files again, since closing any of its
 #: descriptors of a file ends its lock of it. A forked child has none of its parent's.

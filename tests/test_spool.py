@@ -749,6 +749,41 @@ def test_a_file_system_that_others_use_too_is_known(tmp_path: Path, folder, kind
     assert shared_file_system(folder, str(tmp_path / "none")) == ""
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_shared"),
+    [
+        *((kind, True) for kind in ("nfs", "cifs", "9p", "virtiofs", "vboxsf", "beegfs")),
+        *((f"fuse.{kind}", True) for kind in ("s3fs", "gcsfuse", "juicefs")),
+        *((kind, False) for kind in ("xfs", "overlay", "fuse.ntfs-3g", "fuse", "nfsd")),
+    ],
+)
+def test_which_file_systems_are_shared(tmp_path: Path, kind: str, is_shared: bool) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 0:40 / / rw - {kind} somewhere rw\n")
+    assert shared_file_system("/var/spool", str(mounts)) == (kind if is_shared else "")
+
+
+@pytest.mark.parametrize("kind", ["nfs4", ""])
+def test_who_spools_to_a_shared_file_system_is_warned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, kind: str
+) -> None:
+    asked: list[str] = []
+
+    def shared(folder: str) -> str:
+        asked.append(folder)
+        return kind
+
+    monkeypatch.setattr("celery_influx.spool.shared_file_system", shared)
+    one = One(tmp_path)
+    assert asked == [str(one.spool.folder)]
+    said = (
+        f"metrics: 'spool_dir' {tmp_path} is on a file system of kind nfs4, where locks and writes "
+        "are not safe: points may be lost or sent twice; expected a folder on a local disk"
+    )
+    assert caplog.messages == ([said] if kind else [])
+    one.spool.close()
+
+
 # -- with Delivery -----------------------------------------------------------------------------
 
 
