@@ -9,6 +9,7 @@ import random
 import resource
 import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -26,12 +27,13 @@ from celery_influx.counters import COUNTERS, Counters
 from celery_influx.database import Database
 from celery_influx.delivery import Delivery
 from celery_influx.errors import SendError
+from celery_influx.listener import Listener
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.report import Report
 from celery_influx.spool import Spool, shared_file_system
 from celery_influx.spool_records import pack, records, unpack
-from tests.servers import free_port
+from tests.servers import free_port, wait_for
 from tests.test_delivery import BATCH, Scene, Server, failure
 
 pytestmark = pytest.mark.once
@@ -965,6 +967,51 @@ def test_always_means_before_the_first_attempt(scene, make) -> None:
     assert hand.read_bytes() == b""
     first.delivery.close()
     assert make().all() == [BATCH]
+
+
+SENDER = """
+    import sys, time
+    from celery_influx.database import Database
+    from celery_influx.options import DatabaseOptions
+    from celery_influx.point import Point
+
+    waits = {"batch_size": 50, "flush_interval": 60.0, "http_timeout": 60.0}
+    database = Database(DatabaseOptions(**waits, **eval(sys.argv[1])))
+    for number in range(50):
+        database.send_data(Point("killed", {"n": number}))
+    time.sleep(60)
+"""
+
+
+def test_always_saves_the_batch_whose_attempt_hangs_from_kill_9(tmp_path: Path) -> None:
+    port = free_port()
+    options: dict[str, Any] = {
+        "name": "m", "transport": "http", "host": "127.0.0.1", "http_port": port,
+        "spool_dir": str(tmp_path / "spool"), "spool_mode": "always",
+    }  # fmt: skip
+    command = [sys.executable, "-c", textwrap.dedent(SENDER), repr(options)]
+    with socket.create_server(("127.0.0.1", port)) as silent, subprocess.Popen(command) as sender:
+        try:
+            silent.settimeout(20)
+            client, _ = silent.accept()
+            client.settimeout(20)
+            with client:
+                asked = b""
+                while b"n=49i" not in asked:  # the last line; and no answer comes
+                    asked += client.recv(65_536) or pytest.fail("the attempt was broken off")
+                sender.kill()
+                sender.wait(10)
+        finally:
+            sender.kill()
+
+    with Listener(http_port=port, database="m") as listener:
+        database = Database(DatabaseOptions(**options))
+        database.send_data(Point("next", {"n": 0}))
+        wait_for(lambda: listener.count("killed") == 50, 20, "the killed process's batch")
+        assert database.close(10)
+    assert sorted(point.fields["n"] for point in listener.points("killed")) == list(range(50))
+    assert database.stats()["adopted"] == 50
+    assert list(tmp_path.glob("spool/*/*")) == []
 
 
 def test_a_disk_that_takes_nothing_leaves_it_as_it_is_without_a_spool(scene, caplog) -> None:
