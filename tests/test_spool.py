@@ -829,6 +829,22 @@ def test_when_the_server_is_back_the_newest_goes_first_and_the_rest_in_order(sce
     assert (found["sent"], found["spooled"], found["errors"]) == (13, 12, 1)
 
 
+def test_what_was_stored_and_whose_answer_was_lost_comes_again(scene) -> None:
+    def store_and_say_nothing(lines: list[bytes]) -> SendError:
+        one.server.stored += lines
+        one.server.judge = None
+        return failure("timeout")
+
+    one = scene(Server())
+    one.server.judge = store_and_say_nothing
+    one.delivery.deliver(BATCH)
+    assert one.server.stored == BATCH
+    one.now += one.delivery.wait
+    assert one.delivery.catch_up()
+    assert one.server.stored == [*BATCH, *BATCH]
+    assert one.counted()["sent"] == 3
+
+
 def test_in_an_outage_each_wait_is_longer_whoever_asks(scene) -> None:
     away = scene(Server(*[failure("timeout")] * 20))
     waits = []
