@@ -98,7 +98,7 @@ def setup(
         try:
             done = Setup(database, alter=alter, dry_run=dry_run, say=click.echo)
             failed |= not done.run(duration, downsample)
-            click.echo(configuration(database.options))
+            click.echo(configuration(database.options, is_telegraf=done.is_telegraf))
         except InfluxError as error:
             click.echo(f"Error: {database.name}: {error}", err=True)
             failed = True

@@ -3,7 +3,8 @@
 And the configuration of influxd and Telegraf that fits one entry of ``influx_databases``. Rules:
 https://docs.influxdata.com/influxdb/v1/query_language/manage-database/ and
 .../query_language/continuous_queries/ (tried on 1.6.7);
-https://github.com/influxdata/telegraf/tree/master/plugins/inputs/socket_listener.
+https://github.com/influxdata/telegraf/tree/master/plugins/inputs/socket_listener and
+.../inputs/influxdb_listener.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _INSTEAD = {
     "victoria-cluster": "VictoriaMetrics needs no database; -retentionPeriod of its vmstorage says "
     "what it keeps",
 }
+#: A Telegraf's influxdb_listener listens here if nothing else is said, says that it is of this
+#: version, and answers all statements with nothing.
+_TELEGRAF_PORT, _TELEGRAF_VERSION = 8186, "1.0"
 
 
 class Setup:
@@ -44,6 +48,10 @@ class Setup:
         database: Whose entry it is.
         alter: Change what is there and differs; without, it is said and kept.
         dry_run: Print the statements that an empty server needs, and send nothing.
+
+    Attributes:
+        is_telegraf: No InfluxDB is there but a Telegraf; as ``run`` has found, by the version or,
+            where nothing is to be sent, by the port.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class Setup:
         self._dry_run = dry_run
         self._say = say
         self._changed = False
+        self.is_telegraf = dry_run and database.options.http_port == _TELEGRAF_PORT
         self._name = database.options.database or database.name
         self._quoted = quote_ident(self._name)
         self._policies: dict[str, str] = {}
@@ -79,6 +88,17 @@ class Setup:
                     "policies by"
                 )
             self._say("-- 'http_port' is 0, so nothing is asked or made there")
+            return True
+        if self.is_telegraf:
+            if duration or downsample:
+                raise InfluxError(
+                    "a Telegraf listens there, which makes no retention policies; expected the "
+                    "InfluxDB that it writes to, to make them by"
+                )
+            self._say(
+                "-- a Telegraf listens there, which makes no databases: they are made in the "
+                "InfluxDB that it writes to, by an entry with that one's address"
+            )
             return True
         source, kept = self._source(duration)
         kept.update((f"every_{every}", length) for every, length in downsample)
@@ -110,8 +130,8 @@ class Setup:
             raise InfluxError(f"api {options.api!r}: this is for InfluxDB 1.x; {instead}")
         if options.http_port and not self._dry_run:
             version = self._database.ping().version or ""
-            # A Telegraf's influxdb_listener says 1.0, and answers all statements with nothing.
-            if not re.match(r"v?1\.\d+\.", version):
+            self.is_telegraf = version == _TELEGRAF_VERSION
+            if not self.is_telegraf and not re.match(r"v?1\.\d+\.", version):
                 raise InfluxError(
                     f"the server's version is {version or 'none, as of VictoriaMetrics'}; expected "
                     "InfluxDB 1.x itself, such as 1.8.10; set 'api' to what it is"
@@ -239,21 +259,25 @@ _LISTENS = {
     "udp": "udp://:{udp_port}",
     "tcp": "tcp://:{tcp_port}",
     "unixgram": "unixgram://{socket_path}",
+    "http": ":{http_port}",
 }
 
 
-def configuration(options: DatabaseOptions) -> str:
-    """What influxd.conf, the kernel and Telegraf need, for one entry; "" where that is nothing."""
+def configuration(options: DatabaseOptions, *, is_telegraf: bool = False) -> str:
+    """What influxd.conf, the kernel and Telegraf need, for one entry; "" where that is nothing.
+
+    ``is_telegraf``: no InfluxDB is at the entry's HTTP port, but a Telegraf.
+    """
     parts: list[str] = []
+    buffer = min(max(_LEAST_BUFFER, options.bytes_per_second), _MOST_BUFFER)
     if options.transport == "udp":
-        buffer = min(max(_LEAST_BUFFER, options.bytes_per_second), _MOST_BUFFER)
         parts += ["\n# influxdb.conf", *_udp(options, buffer)]
         parts += ["\n# /etc/sysctl.d/60-influxdb.conf, read by: sysctl --system"]
         parts += [f"net.core.rmem_max = {buffer}"]
-    if options.transport in _LISTENS:
+    if options.transport != "http" or is_telegraf:
         instead = " instead of InfluxDB itself" if options.transport == "udp" else ""
         parts += [f"\n# telegraf.conf, for a Telegraf that listens there{instead}"]
-        parts += _telegraf(options)
+        parts += _telegraf(options, buffer, is_telegraf=is_telegraf)
     return "\n".join([*parts, ""]) if parts else ""
 
 
@@ -270,33 +294,51 @@ def _udp(options: DatabaseOptions, buffer: int) -> Iterator[str]:
     yield f"  precision = {_toml(options.precision.replace('ns', ''))}"
 
 
-def _telegraf(options: DatabaseOptions) -> Iterator[str]:
+def _telegraf(options: DatabaseOptions, buffer: int, *, is_telegraf: bool) -> Iterator[str]:
     listens = _LISTENS[options.transport].format(
-        udp_port=options.udp_port, tcp_port=options.tcp_port, socket_path=options.socket_path
+        udp_port=options.udp_port,
+        tcp_port=options.tcp_port,
+        http_port=options.http_port,
+        socket_path=options.socket_path,
     )
-    yield "[[inputs.socket_listener]]"
+    by_http = options.transport == "http"
+    yield "[[inputs.influxdb_listener]]" if by_http else "[[inputs.socket_listener]]"
     yield f"  service_address = {_toml(listens)}"
-    if options.transport == "udp":
-        yield '  read_buffer_size = "8MiB"'
-    yield '  data_format = "influx"'
-    if options.precision in _TELEGRAF_UNITS:
-        yield f"  influx_timestamp_precision = {_toml(_TELEGRAF_UNITS[options.precision])}"
+    if by_http:
+        yield from _listens_by_http(options)
+    else:
+        if options.transport == "udp":
+            yield f"  read_buffer_size = {buffer}"
+        yield '  data_format = "influx"'
+        if options.precision in _TELEGRAF_UNITS:
+            yield f"  influx_timestamp_precision = {_toml(_TELEGRAF_UNITS[options.precision])}"
     yield "[[outputs.influxdb]]"
-    scheme = "https" if options.secure else "http"
-    yield f"  urls = [{_toml(f'{scheme}://{_influxdb(options)}')}]  # where InfluxDB is"
+    influxdb = "http://localhost:8086" if is_telegraf else _influxdb(options)
+    yield f"  urls = [{_toml(influxdb)}]  # where InfluxDB is"
     yield f"  database = {_toml(options.database or options.name)}"
     if options.retention_policy:
         yield f"  retention_policy = {_toml(options.retention_policy)}"
     yield "  skip_database_creation = true"
-    if options.username or options.token:
+    if (options.username or options.token) and not is_telegraf:
         yield "  # and the credentials, which are not shown here"
+
+
+def _listens_by_http(options: DatabaseOptions) -> Iterator[str]:
+    """What the entry says of a Telegraf; each request says the unit of its times."""
+    if options.secure:
+        yield '  tls_cert = "/etc/telegraf/cert.pem"  # where its certificate is'
+        yield '  tls_key = "/etc/telegraf/key.pem"'
+    if options.client_certificate:
+        yield '  tls_allowed_cacerts = ["/etc/telegraf/clientca.pem"]'
+    if options.username:
+        yield "  # and basic_username and basic_password, which are not shown here"
 
 
 def _influxdb(options: DatabaseOptions) -> str:
     if not options.http_port:
-        return "localhost:8086"
+        return "http://localhost:8086"
     host = f"[{options.host}]" if ":" in options.host else options.host
-    return f"{host}:{options.http_port}"
+    return f"{'https' if options.secure else 'http'}://{host}:{options.http_port}"
 
 
 def _toml(text: str) -> str:

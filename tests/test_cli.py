@@ -19,11 +19,12 @@ import celery_influx
 from celery_influx.cli import influx
 from celery_influx.database import Database
 from celery_influx.measurements import MEASUREMENTS
-from celery_influx.options import DatabaseOptions
+from celery_influx.options import DatabaseOptions, load
 from celery_influx.point import Point
 from celery_influx.server_setup import configuration
 from tests.servers import Influxd, free_port, wait_for
 from tests.test_http import Stub, serving
+from tests.test_line_takers import TelegrafHTTP
 
 pytestmark = pytest.mark.once
 
@@ -325,7 +326,7 @@ net.core.rmem_max = 8388608
 # telegraf.conf, for a Telegraf that listens there instead of InfluxDB itself
 [[inputs.socket_listener]]
   service_address = "udp://:8089"
-  read_buffer_size = "8MiB"
+  read_buffer_size = 8388608
   data_format = "influx"
 [[outputs.influxdb]]
   urls = ["http://localhost:8086"]  # where InfluxDB is
@@ -386,6 +387,56 @@ def test_the_docs_show_what_is_printed_by_default() -> None:
 )
 def test_the_configuration_fits_the_entry(options: dict[str, Any], expected: str) -> None:
     assert configuration(DatabaseOptions(name="m", **options)) == expected
+
+
+def telegraf_conf(printed: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its one input and its one output, as Telegraf reads them; the input's kind among the rest."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    found = tomllib.loads(printed.partition("\n# telegraf.conf")[2].partition("\n")[2])
+    ((kind, (listener,)),) = found["inputs"].items()
+    return {"kind": kind, **listener}, found["outputs"]["influxdb"][0]
+
+
+def test_telegrafs_socket_holds_as_much_as_the_kernel_lets_it() -> None:
+    printed = configuration(DatabaseOptions(name="m", bytes_per_second=20_000_000))
+
+    listener, _ = telegraf_conf(printed)
+
+    assert "net.core.rmem_max = 20000000\n" in printed
+    assert listener["read_buffer_size"] == 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("url", "listens", "writes"),
+    [
+        ("http://h:8186/shop?precision=s", {"service_address": ":8186"}, {"database": "shop"}),
+        (
+            "https://u:s3cret@h:99/m?retention_policy=year&client_certificate=/c.pem",
+            {
+                "service_address": ":99",
+                "tls_cert": "/etc/telegraf/cert.pem",
+                "tls_key": "/etc/telegraf/key.pem",
+                "tls_allowed_cacerts": ["/etc/telegraf/clientca.pem"],
+            },
+            {"database": "m", "retention_policy": "year"},
+        ),
+    ],
+)
+def test_a_telegraf_that_takes_http_listens_where_the_entry_says_and_writes_elsewhere(
+    url: str, listens: dict[str, Any], writes: dict[str, Any]
+) -> None:
+    options = load({"influx_databases": {"m": url}}).databases["m"]
+
+    printed = configuration(options, is_telegraf=True)
+
+    listener, output = telegraf_conf(printed)
+    assert listener == {"kind": "influxdb_listener", **listens}
+    # Not to itself.
+    assert output == {
+        "urls": ["http://localhost:8086"], "skip_database_creation": True, **writes,
+    }  # fmt: skip
+    assert "s3cret" not in printed
+    assert ("basic_password" in printed) is ("s3cret" in url)
 
 
 def test_where_there_is_no_http_api_only_the_configuration_is_printed() -> None:
@@ -518,7 +569,7 @@ def test_an_error_says_what_to_do_and_is_not_a_success(
     [
         ({}, "none, as of VictoriaMetrics"),
         ({"X_Influxdb_Version": "v2.7.5"}, "v2.7.5"),
-        ({"X_Influxdb_Version": "1.0"}, "1.0"),  # Telegraf
+        ({"X_Influxdb_Version": "1.1"}, "1.1"),
     ],
 )
 def test_another_server_than_the_entry_says_is_noticed(
@@ -534,6 +585,49 @@ def test_another_server_than_the_entry_says_is_noticed(
         "1.8.10; set 'api' to what it is\n"
     )
     assert len(stub.asked) == 1
+
+
+NO_DATABASES = (
+    "-- a Telegraf listens there, which makes no databases: they are made in the InfluxDB that it "
+    "writes to, by an entry with that one's address\n"
+)
+
+
+def test_of_a_telegraf_nothing_is_asked_but_its_version_and_its_section_is_printed(
+    stub: Stub,
+) -> None:
+    telegraf = TelegrafHTTP(stub)
+
+    found = run({"m": {**telegraf.options, "database": "shop"}})
+
+    assert found.exit_code == 0, found.output
+    assert NO_DATABASES in found.output
+    listener, output = telegraf_conf(found.output)
+    assert listener == {"kind": "influxdb_listener", "service_address": f":{stub.port}"}
+    assert output["database"] == "shop"
+    assert len(stub.asked) == 1  # its version
+
+
+def test_a_dry_run_knows_a_telegraf_by_its_port() -> None:
+    found = run({"m": "http://nowhere.invalid:8186/shop"}, "--dry-run")
+
+    assert found.exit_code == 0, found.output
+    assert NO_DATABASES in found.output
+    assert "CREATE" not in found.output
+    assert telegraf_conf(found.output)[0]["service_address"] == ":8186"
+
+
+@pytest.mark.parametrize("asked", [("--duration", "30d"), ("--downsample", "5m:52w")])
+def test_a_telegraf_keeps_nothing_so_to_say_how_long_is_an_error(
+    stub: Stub, asked: tuple[str, ...]
+) -> None:
+    found = run({"m": TelegrafHTTP(stub).options}, *asked)
+
+    assert found.exit_code == 1
+    assert found.output.endswith(
+        "Error: m: a Telegraf listens there, which makes no retention policies; expected the "
+        "InfluxDB that it writes to, to make them by\n"
+    )
 
 
 def test_one_entrys_error_leaves_the_others_to_be_made(influxd: Influxd, name: str) -> None:
