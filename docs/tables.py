@@ -92,6 +92,12 @@ def counters() -> Iterator[str]:
     for name, doc in COUNTERS.items():
         yield row(f"`{name}`", doc)
     yield row("`queued`", "what is still on its way: made, and not yet any of the above")
+    yield from (
+        "",
+        "Each of the `errors` is of one of four classes, `errors_…`, by what has to be done; over",
+        "UDP, and where we ourselves fail, of none. The cause, such as `ECONNREFUSED` or 503, is",
+        "in the log, where each has a line of its own, once a minute, with the server's own words.",
+    )
 
 
 PAGES = {
