@@ -1,4 +1,4 @@
-"""A UDP server on loopback that reads all it gets, in a process of its own, and counts lines."""
+"""A server for datagrams that reads all it gets, in a process of its own, and counts lines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import socket
 
 
 class Sink:
-    """Bound at once; ``drain`` hands the reading over to a forked process."""
+    """Bound at once; ``drain`` hands the reading over to a forked process.
 
-    def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    To UDP on loopback, or to a socket at ``path``.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        family = socket.AF_UNIX if path else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.bind(path or ("127.0.0.1", 0))
         self.socket.settimeout(5)
-        self.port: int = self.socket.getsockname()[1]
+        self.port: int = 0 if path else self.socket.getsockname()[1]
         self._pid = 0
         self._count = 0
 
