@@ -31,6 +31,8 @@ except ImportError:  # not for every Python
 PATHS = [f"/shop/{i}" for i in range(16)]
 STATUSES = ["200", "201", "404", "503"]
 Run = Callable[[list[float]], None]
+#: In the name of what leaves its points in the buffer.
+ALONE = "the call alone"
 NOTES = """
 Ours: Database.send_data to the end of flush: buffer, batcher thread, UDP to a socket that another \
 process reads; datagrams of 65,507 bytes where nothing is said.
@@ -42,13 +44,21 @@ The pipeline sends datagrams of 512 bytes.
 Checked before measuring: each line decodes to the same point, each metric holds value and tags.
 """.strip().splitlines()
 
+CALLERS_NOTES = """
+Its batcher beside: as above. Another thread of the process takes the lines and sends them \
+meanwhile, on the other core, and the interpreter's lock goes to and fro.
+The call alone: all points fit into the buffer, no batch is due, and the clocks stop before the \
+flush; a line in a buffer is all that Buffer.row makes, too.
+No types: field_types=False.
+""".strip().splitlines()
+
 
 def run(rounds: int = 15, size: int = 20_000) -> None:
     """Measure and print; ``size`` points per client and round."""
     sink = Sink()
     floats = _floats(size)
-    with _clients(sink.port) as clients:
-        _check(clients, sink)
+    with _clients(sink.port) as (clients, unsent):
+        _check(clients, unsent, sink)
         sink.drain()
         figures: dict[str, list[float]] = {name: [] for name in clients}
         callers: dict[str, list[float]] = {name: [] for name in clients}
@@ -59,9 +69,11 @@ def run(rounds: int = 15, size: int = 20_000) -> None:
                 clients[name](floats[kind])
                 callers[name].append((time.thread_time() - caller) / size * 1e6)
                 figures[name].append((time.process_time() - before) / size * 1e6)
+                if name in unsent:
+                    unsent[name].flush(30)
     sink.stop()
     # The first round warms up.
-    _table({name: found[1:] for name, found in figures.items()}).show()
+    _table({name: found[1:] for name, found in figures.items() if ALONE not in name}).show()
     _callers({name: found[1:] for name, found in callers.items()}).show()
 
 
@@ -76,25 +88,39 @@ def _floats(size: int) -> dict[str, list[float]]:
 
 
 @contextmanager
-def _clients(port: int) -> Iterator[dict[str, Run]]:
-    """Name to a function that makes and sends a point for each float, and waits for the end."""
+def _clients(port: int) -> Iterator[tuple[dict[str, Run], dict[str, Database]]]:
+    """Name to a function that makes and sends a point for each float, and waits for the end.
+
+    And name to database of those that do not wait, and whose points are still to be sent.
+    """
     large, small = (
         Database(DatabaseOptions(host="127.0.0.1", udp_port=port, datagram_bytes=size))
         for size in (65_507, 1_432)
     )
     with python_only():
         python = Database(DatabaseOptions(host="127.0.0.1", udp_port=port))
-        python.send_data(Point("warm", {"f": 1}))
+        python_alone, python_untyped = _resting(port)
+        for each in (python, python_alone, python_untyped):
+            each.send_data(Point("warm", {"f": 1}))
+    alone, untyped = _resting(port)
+    unsent = {
+        f"celery_influx, Point, clock floats, {ALONE}": alone,
+        f"celery_influx, Point, 17-digit floats, {ALONE}": alone,
+        f"celery_influx, Point, clock floats, {ALONE}, no types": untyped,
+        f"celery_influx, Point, clock floats, Python only, {ALONE}": python_alone,
+        f"celery_influx, Point, clock floats, Python only, {ALONE}, no types": python_untyped,
+    }
     datadog = DogStatsd("127.0.0.1", port)
     buffered = DogStatsd("127.0.0.1", port, disable_buffering=False)
     statsd = StatsClient("127.0.0.1", port)
-    yield {
+    clients = {
         "celery_influx, Point, short floats": _ours(large),
         "celery_influx, Point, clock floats": _ours(large),
         "celery_influx, Point, 17-digit floats": _ours(large),
         "celery_influx, Point, clock floats, Python only": _ours(python),
         "celery_influx, dict": _ours_by_dict(large),
         "celery_influx, Point, datagrams of 1,432": _ours(small),
+        **{name: _calls(database) for name, database in unsent.items()},
         "influxdb-client, Point to line only, short floats": _influxdb_client,
         "influxdb-client, Point to line only, clock floats": _influxdb_client,
         "influxdb-client, Point to line only, 17-digit floats": _influxdb_client,
@@ -108,7 +134,8 @@ def _clients(port: int) -> Iterator[dict[str, Run]]:
         "statsd, 3 calls, tags in the name": _statsd(statsd),
         "statsd, pipeline, 3 calls, tags in the name": _statsd_pipeline(statsd),
     }
-    for database in (large, small, python):
+    yield clients, unsent
+    for database in {large, small, python, *unsent.values()}:
         database.close()
         stats = database.stats()
         if stats["sent"] != stats["points"]:
@@ -116,7 +143,35 @@ def _clients(port: int) -> Iterator[dict[str, Run]]:
     buffered.stop()
 
 
+def _resting(port: int) -> Iterator[Database]:
+    """With types of fields, and without; neither number nor time wakes its batcher in a round."""
+    for field_types in (True, False):
+        yield Database(
+            DatabaseOptions(
+                host="127.0.0.1",
+                udp_port=port,
+                field_types=field_types,
+                bytes_per_second=10**9,
+                batch_size=10**6,
+                batch_bytes=25_000_000,
+                queue_size=2 * 10**6,
+                queue_bytes=10**9,
+                flush_interval=3_600,
+            )
+        )
+
+
 def _ours(database: Database) -> Run:
+    send = _calls(database)
+
+    def run(floats: list[float]) -> None:
+        send(floats)
+        database.flush(30)
+
+    return run
+
+
+def _calls(database: Database) -> Run:
     def run(floats: list[float]) -> None:
         for i, value in enumerate(floats):
             database.send_data(
@@ -131,7 +186,6 @@ def _ours(database: Database) -> Run:
                     },
                 )
             )
-        database.flush(30)
 
     return run
 
@@ -258,7 +312,7 @@ def _statsd_pipeline(client: StatsClient) -> Run:
     return run
 
 
-def _check(clients: dict[str, Run], sink: Sink) -> None:
+def _check(clients: dict[str, Run], unsent: dict[str, Database], sink: Sink) -> None:
     """Raise if a client writes anything else than the others."""
     for name, client in clients.items():
         if client is _influxdb_client:
@@ -271,6 +325,8 @@ def _check(clients: dict[str, Run], sink: Sink) -> None:
             continue
         one_field = "1 call" in name
         client([0.25])
+        if name in unsent:
+            unsent[name].flush(30)
         metrics: dict[str, str] = {}
         while len(metrics) < (1 if one_field or "celery_influx" in name else 3):
             for line in sink.receive():
@@ -319,21 +375,23 @@ def _table(figures: dict[str, list[float]]) -> Table:
 
 def _callers(figures: dict[str, list[float]]) -> Table:
     """Of the thread that calls: what a task or a request waits for."""
-    table = Table("`send_data`: CPU of a point, the calling thread", "µs", "this / ours")
+    table = Table("`send_data`: CPU of a point, the calling thread", "µs", "this / ours alone")
     for name, found in figures.items():
         kind = next((kind for kind in ("clock", "17-digit") if kind in name), "")
         if kind or name.startswith("the dicts"):
-            ours = figures[f"celery_influx, Point, {kind or 'clock'} floats"]
-            table.add(name, found, ratios(found, ours))
+            ours = figures[f"celery_influx, Point, {kind or 'clock'} floats, {ALONE}"]
+            sends = name.startswith("celery_influx") and ALONE not in name
+            table.add(f"{name}, its batcher beside" if sends else name, found, ratios(found, ours))
     calls = {name: _without(found, figures["the dicts alone"]) for name, found in figures.items()}
     for kind, bound in (("clock", 1.9), ("17-digit", 1.0)) if QuestBuffer else ():
         row = calls[f"QuestDB, Buffer.row only, {kind} floats"]
         ours = _without(
-            figures[f"celery_influx, Point, {kind} floats"], figures["the dicts and the Point"]
+            figures[f"celery_influx, Point, {kind} floats, {ALONE}"],
+            figures["the dicts and the Point"],
         )
         table.notes.append(
             verdict(
-                f"Buffer.row / send_data, the call alone, {kind} floats",
+                f"Buffer.row / send_data, {ALONE}, {kind} floats",
                 ratios(row, ours),
                 bound,
                 least=True,
@@ -344,6 +402,11 @@ def _callers(figures: dict[str, list[float]]) -> Table:
     table.notes.append(
         verdict("influxdb-client / Python only", ratios(client, python), 3, least=True)
     )
+    for way, part in (("C", ""), ("Python only", "Python only, ")):
+        name = f"celery_influx, Point, clock floats, {part}{ALONE}"
+        types = _without(figures[name], figures[f"{name}, no types"])
+        table.notes.append(verdict(f"µs a point for the types of fields, {way}", types, 0.3))
+    table.notes += CALLERS_NOTES
     return table
 
 

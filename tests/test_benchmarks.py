@@ -39,6 +39,12 @@ def test_send_data_is_measured_beside_every_peer():
     names = " ".join(rows(output))
     for peer in ("celery_influx, Point", "celery_influx, dict", "influxdb-client", "datadog"):
         assert peer in names
+    for ours in ("clock floats, its batcher beside", "clock floats, the call alone"):
+        assert f"celery_influx, Point, {ours}" in names
+    for way in ("C", "Python only"):
+        assert re.search(
+            rf"µs a point for the types of fields, {way}: -?[0-9.]+, bound ≤ 0.3", output
+        )
     assert "statsd, pipeline" in names
     assert re.search(r"µs a point: [0-9.]+, bound ≤ 5: (kept|NOT KEPT)", output)
     assert re.search(r"celery \d.*influxdb-client \d.*datadog \d.*statsd \d", output)
