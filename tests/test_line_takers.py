@@ -1,6 +1,9 @@
 """Other takers of lines than InfluxDB, as strict as their documents are: Telegraf and QuestDB.
 
-None of them was there to be tried. Each rule of a stand-in names where it is written.
+None of them was there to be tried. Each rule of a stand-in names where it is written. What they
+have in common with InfluxDB, whether a line can be read and as what, is judged by our own
+``line_reader``: it is no judge in its own cause, since conformance/test_same_verdict.py proves that
+it says the same as the real influxd, of tables of odd lines and of random ones.
 """
 
 from __future__ import annotations
@@ -125,6 +128,7 @@ class TelegrafHTTP:
     def __init__(self, stub: Stub) -> None:
         self.stored: list[bytes] = []
         self.precision = ""
+        self.max_body_size = 32 << 20  # the default of its option of that name
         stub.answer = self._answer
         self.options: dict[str, Any] = {
             "transport": "http", "host": "127.0.0.1", "http_port": stub.port,
@@ -138,6 +142,8 @@ class TelegrafHTTP:
             path == "/query"
         ):  # "a dummy response … as some clients test availability with a query"
             handler.reply(200, b'{"results":[]}', X_Influxdb_Version="1.0")
+        elif path == "/write" and len(handler.body) > self.max_body_size:
+            handler.reply(413, b'{"error": "http: request body too large"}')
         elif path == "/write":
             # "precision … one of ns, u, ms, s, m, h. All other parameters are ignored"
             (self.precision,) = handler.query["precision"]
@@ -191,6 +197,20 @@ def test_of_lines_that_telegraf_takes_in_part_the_bad_ones_are_found_and_no_othe
     assert set(telegraf.stored) == {line for at, line in enumerate(lines) if at not in bad}
     stats = database.stats()
     assert (stats["sent"], stats["rejected"], stats["lost"]) == (497, 3, 0)
+    assert database.close()
+
+
+def test_what_is_too_long_for_telegraf_comes_in_parts(telegraf: TelegrafHTTP) -> None:
+    lines = [b"m f=%d %d" % (at, at) for at in range(500)]
+    telegraf.max_body_size = len(b"\n".join(lines)) // 3
+    database = Database(DatabaseOptions(**telegraf.options))
+    database.send_lines(lines)
+    assert database.flush(10)
+
+    assert telegraf.stored == lines
+    stats = database.stats()
+    assert (stats["sent"], stats["rejected"]) == (500, 0)
+    assert stats["errors_refused"] > 0
     assert database.close()
 
 

@@ -7,11 +7,16 @@ their documents are. The real VictoriaMetrics is in conformance/test_victoria.py
     query, https://docs.influxdata.com/influxdb3/core/query-data/execute-queries/influxdb-v3-api/
     and .../query-data/influxql/parameterized-queries/
 The cluster: https://docs.victoriametrics.com/victoriametrics/cluster-victoriametrics/#url-format
+
+Whether a line can be read is judged by our own ``decode``, which says the same as the real influxd
+(conformance/test_same_verdict.py).
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -48,6 +53,10 @@ class StandIn:
         self.stored: list[bytes] = []
         stub.answer = self._answer
         self.asked: list[tuple[str, dict[str, list[str]]]] = []
+        self.written: list[tuple[float, int, list[bytes]]] = []  # when, answered how, which lines
+        self.longest_body = sys.maxsize
+        self.not_now: list[int] = []  # what it answers first
+        self.unwanted = b""  # how lines begin whose like cannot be stored
 
     def _answer(self, handler: Any) -> None:
         path = urlsplit(handler.path).path
@@ -64,12 +73,35 @@ class StandIn:
             self._query_2(handler)
         elif (self.api, path) == ("3", "/api/v3/query_influxql"):
             self._query_3(handler)
-        elif (self.api, path) == ("2", "/api/v2/write"):
-            self._write_2(handler)
-        elif (self.api, path) == ("3", "/api/v3/write_lp"):
-            self._write_3(handler)
+        elif (self.api, path) in (("2", "/api/v2/write"), ("3", "/api/v3/write_lp")):
+            self._write(handler)
         else:
             handler.reply(404, b'{"code": "not found", "message": "path not found"}')
+
+    def _write(self, handler: Any) -> None:
+        """Whether it takes lines at all now, and these; if not, none of them is stored.
+
+        2.x: https://docs.influxdata.com/influxdb/v2/api/write-data/ names 413, and 429 and 503 with
+        ``Retry-After``. 3.x: https://docs.influxdata.com/influxdb3/core/api/write-data/ names 413
+        and 422. What stands before either may answer each of them, by
+        https://www.rfc-editor.org/rfc/rfc9110#section-15.5.14 (413), #section-15.5.21 (422),
+        #section-15.6.4 (503) and https://www.rfc-editor.org/rfc/rfc6585#section-4 (429).
+        """
+        lines = handler.body.split(b"\n")
+        status, more = 0, {}
+        if len(handler.body) > self.longest_body:
+            status, said = 413, "the batch is too large"
+        elif self.not_now:
+            status, said = self.not_now.pop(0), "not now"
+            more = {"Retry_After": "1"}
+        elif self.unwanted and any(line.startswith(self.unwanted) for line in lines):
+            status, said = 422, "unprocessable entity"
+        self.written.append((time.monotonic(), status, lines))
+        if status:
+            text = {"code": "other", "message": said} if self.api == "2" else {"error": said}
+            handler.reply(status, json.dumps(text).encode(), **more)
+            return
+        {"2": self._write_2, "3": self._write_3}[self.api](handler)
 
     def _write_2(self, handler: Any) -> None:
         """``org`` is required, and a line that cannot be read spoils all of them.
@@ -215,6 +247,62 @@ def test_of_a_batch_with_bad_lines_the_others_are_stored_and_counted(
     }
     (said,) = caplog.messages
     assert said.startswith(f"celery: the server rejected 3 of 1000 lines: {expected[server.api]}")
+
+
+LINES = [b"m f=%d %d" % (number, number) for number in range(100, 200)]
+
+
+def account_of(server: StandIn, lines: list[bytes]) -> dict[str, int]:
+    """Of these lines, as one batch, through all that is above a transport."""
+    database = Database(options(server))
+    database.send_lines(lines)
+    database.flush(20)
+    assert database.close(5)
+    return database.stats()
+
+
+def test_a_batch_that_is_too_large_for_it_comes_in_halves(server: StandIn) -> None:
+    server.longest_body = len(b"\n".join(LINES)) * 2 // 3
+    stats = account_of(server, LINES)
+
+    assert [(status, lines) for _, status, lines in server.written] == [
+        (413, LINES),
+        (0, LINES[:50]),
+        (0, LINES[50:]),
+    ]
+    assert server.stored == LINES
+    assert (stats["sent"], stats["rejected"], stats["errors_refused"]) == (100, 0, 1)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_it_does_not_take_now_comes_again_when_it_asks_for_it(
+    server: StandIn, status: int
+) -> None:
+    server.not_now = [status]
+    stats = account_of(server, LINES)
+
+    (first, *refused), (second, *taken) = server.written
+    assert (refused, taken) == ([status, LINES], [0, LINES])
+    assert second - first >= 1  # though ``flush`` waits
+    assert server.stored == LINES
+    assert (stats["sent"], stats["lost"], stats["errors_busy"]) == (100, 0, 1)
+
+
+def test_a_line_that_it_cannot_process_costs_no_other_one_and_comes_alone_at_last(
+    server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.unwanted = b"other"
+    unwanted = b"other f=1 1"
+    stats = account_of(server, [*LINES[:70], unwanted, *LINES[70:]])
+
+    assert server.stored == LINES
+    assert (stats["sent"], stats["rejected"], stats["lost"]) == (100, 1, 0)
+    refused = [lines for _, status, lines in server.written if status == 422]
+    assert refused[-1] == [unwanted]
+    assert refused.count([unwanted]) == 1
+    (message,) = caplog.messages
+    assert "the server rejected 1 of 101 lines: " in message
+    assert "got 422: unprocessable entity" in message
 
 
 def test_a_wrong_token_and_a_missing_bucket_are_said(server: StandIn) -> None:
