@@ -81,9 +81,9 @@ class StandIn:
     def _write(self, handler: Any) -> None:
         """Whether it takes lines at all now, and these; if not, none of them is stored.
 
-        2.x: https://docs.influxdata.com/influxdb/v2/api/write-data/ names 413, and 429 and 503 with
-        ``Retry-After``. 3.x: https://docs.influxdata.com/influxdb3/core/api/write-data/ names 413
-        and 422. What stands before either may answer each of them, by
+        2.x: https://docs.influxdata.com/influxdb/v2/api/response-codes/ names all four. 3.x:
+        https://docs.influxdata.com/influxdb3/core/write-data/troubleshoot/ names 400 first of all;
+        what stands before it may answer each of them, by
         https://www.rfc-editor.org/rfc/rfc9110#section-15.5.14 (413), #section-15.5.21 (422),
         #section-15.6.4 (503) and https://www.rfc-editor.org/rfc/rfc6585#section-4 (429).
         """
