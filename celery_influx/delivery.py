@@ -27,7 +27,7 @@ from celery_influx.counters import (
     REJECTED,
     SENT,
 )
-from celery_influx.errors import SendError
+from celery_influx.errors import SendError, shorten
 from celery_influx.parts import Parts
 from celery_influx.report import Report
 from celery_influx.transports import Transport
@@ -105,8 +105,6 @@ class Delivery:
     LONGEST_WAIT = 30.0
     #: Seconds: and it may not ask for more.
     LONGEST_WISH = 3_600.0
-    #: Characters that the log has of a batch's refusals.
-    _WORDS = 500
     #: Most requests by which the bad lines of one batch are looked for, and most that are too long
     #: one after the other.
     MOST_REQUESTS = 64
@@ -432,8 +430,7 @@ class Delivery:
     def _say_refused(self) -> None:
         """Name the lines of the batch that were found by halves."""
         if self._refused:
-            why = "; ".join(dict.fromkeys(map(str, self._refused)))
-            why = why if len(why) <= self._WORDS else why[: self._WORDS - 1] + "…"
+            why = shorten("; ".join(dict.fromkeys(map(str, self._refused))))
             self._say_rejected(self._refused[-1].cause, len(self._refused), self._size, why)
             self._refused.clear()
 

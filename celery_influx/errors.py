@@ -15,6 +15,7 @@ Each takes one string, so that Celery's JSON result backends carry it unharmed.
 
 from __future__ import annotations
 
+_WORDS = 500
 #: What a signal's handler may raise at any place: Celery's soft time limit, where there is Celery.
 #: It means the caller, and nothing that is done here: whoever catches all errors lets it through.
 INTERRUPTS: set[type[Exception]] = set()
@@ -44,6 +45,11 @@ def show_caught(error: Exception) -> str:
     if isinstance(error, tuple(INTERRUPTS)):
         raise error
     return show(error)
+
+
+def shorten(words: str) -> str:
+    """A server's words for a log or an error: 500 characters of them at most."""
+    return words if len(words) <= _WORDS else words[: _WORDS - 1] + "…"
 
 
 class InfluxError(Exception):

@@ -451,16 +451,22 @@ def test_who_dies_later_is_found_later(make) -> None:
     assert second.all() == [batch(1)]
 
 
+def first_of_them_sent(make, batches: int) -> tuple[Path, Path]:
+    """The segment and the lock of a process that has sent the first of its batches, and is gone."""
+    gone = make()
+    for number in range(batches):
+        gone.spool.append(batch(number))
+    gone.spool.head()
+    gone.spool.pop()
+    gone.spool.close()
+    (segment,) = gone.spool.folder.glob("*.spool")
+    (lock,) = gone.spool.folder.glob("*.lock")
+    return segment, lock
+
+
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "lock", "no lock"])
 def test_damage_never_keeps_the_next_process_from_its_start(make, caplog, damage: str) -> None:
-    first = make()
-    for number in range(3):
-        first.spool.append(batch(number))
-    first.spool.head()
-    first.spool.pop()
-    first.spool.close()
-    (segment,) = first.spool.folder.glob("*.spool")
-    (lock,) = first.spool.folder.glob("*.lock")
+    segment, lock = first_of_them_sent(make, 3)
     data = segment.read_bytes()
     if damage == "cut":
         segment.write_bytes(data[:-1])
@@ -485,14 +491,7 @@ def test_damage_never_keeps_the_next_process_from_its_start(make, caplog, damage
 
 def test_no_damage_to_the_note_of_what_was_sent_passes_over_what_was_not(make) -> None:
     """A bit of it changed, cut off, or written without a checksum, as it was once: all comes again."""
-    first = make()
-    for number in range(4):
-        first.spool.append(batch(number))
-    first.spool.head()
-    first.spool.pop()
-    first.spool.close()
-    (segment,) = first.spool.folder.glob("*.spool")
-    (lock,) = first.spool.folder.glob("*.lock")
+    segment, lock = first_of_them_sent(make, 4)
     data, whole = segment.read_bytes(), lock.read_bytes()
     note = whole.rstrip()
     second = make()

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
-from celery_influx.errors import QueryError, SendError
+from celery_influx.errors import QueryError, SendError, shorten
 from celery_influx.queries import (
     EPOCHS,
     QueryResult,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WORDS = 500
 _LONGEST_GET = 8_000
 _LONGEST_TIMEOUT = 10**6
 _MEND = {
@@ -450,8 +449,7 @@ class HTTPClient:
 
     def _clean(self, words: str) -> str:
         """Words of the server for a log: shortened, and without our own secrets in them."""
-        words = self._credentials.clean(words)
-        return words if len(words) <= _WORDS else words[: _WORDS - 1] + "…"
+        return shorten(self._credentials.clean(words))
 
 
 @functools.cache
