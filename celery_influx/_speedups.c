@@ -15,10 +15,11 @@ is one rule, and this file holds none that Python does not. What must hold here,
   for every extension that does not ask it not to: the account in shared memory needs it, too.
 - The module has no state but its types, each interpreter its own; sub-interpreters with locks of
   their own may use it side by side.
-- What is made here never changes after it is made, but a buffer, which holds bytes only, and a run,
-  which may break its cycles: so nothing is ever called half taken apart.
-- Every reference to what a point holds is borrowed from the point, which the caller holds, inside
-  of one walk. */
+- What is made here never changes after it is made, but a buffer, which holds bytes only, the names
+  that an encoder knows, which are exact str, and a run, which may break its cycles: so nothing is
+  ever called half taken apart.
+- Every other reference to what a point holds is borrowed from the point, which the caller holds,
+  inside of one walk. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -160,19 +161,19 @@ static inline void put_bytes(Line *line, const char *bytes, Py_ssize_t length)
 
 /* What is done with a character, by what the text is. */
 enum { PLAIN, ESCAPED, TOO_RARE };
-enum { MEASUREMENT, NAME, VALUE };
+enum { MEASUREMENT, TAG, LABEL, FIELD, VALUE, TEXTS }; /* a tag's value is a label */
 
-static unsigned char treatment[3][128];
+static unsigned char treatment[TEXTS][128];
 
 static void fill_treatments(void)
 {
-    for (int of = MEASUREMENT; of <= NAME; of++) {
+    for (int of = MEASUREMENT; of <= FIELD; of++) {
         memset(treatment[of], TOO_RARE, 0x20);
         treatment[of]['\\'] = TOO_RARE;
         treatment[of]['#'] = TOO_RARE; /* a comment; and "#!~" parts series from fields in files */
         treatment[of][','] = treatment[of][' '] = ESCAPED;
     }
-    treatment[NAME]['='] = ESCAPED;
+    treatment[TAG]['='] = treatment[LABEL]['='] = treatment[FIELD]['='] = ESCAPED;
     treatment[VALUE]['"'] = treatment[VALUE]['\\'] = ESCAPED;
 }
 
@@ -228,23 +229,6 @@ static int put_text(Line *line, PyObject *text, int what)
         }
     }
     return DONE;
-}
-
-/* A measurement, a key or a tag's value. */
-static int put_name(Line *line, PyObject *name, int what)
-{
-    if (!PyUnicode_CheckExact(name) || PyUnicode_GET_LENGTH(name) == 0)
-        return RARE;
-    return put_text(line, name, what);
-}
-
-static int put_key(Line *line, PyObject *key)
-{
-    Py_ssize_t begin = line->length;
-    int came = put_name(line, key, NAME);
-    if (came == DONE && line->length - begin == 4 && memcmp(line->text + begin, "time", 4) == 0)
-        return RARE; /* InfluxDB's own column */
-    return came;
 }
 
 /* -- numbers ------------------------------------------------------------------------------------- */
@@ -391,6 +375,16 @@ static PyType_Spec stamps_spec = {
 
 /* -- a point ------------------------------------------------------------------------------------- */
 
+/* A short name, with what was written for it. It is the very object that is known, since a str does
+not change; and it is kept, so that no other one has its address. */
+typedef struct {
+    PyObject *name;
+    unsigned char of, length;
+    char text[22];
+} Known;
+
+#define KNOWN 128
+
 typedef struct {
     PyObject_HEAD
     PyObject *constant;      /* dict of the constant tags */
@@ -402,12 +396,56 @@ typedef struct {
     PyObject *types;         /* FieldTypes' dict of measurement to field to type, or None */
     Stamps *stamps;          /* the clock, where it is one of these; else NULL */
     long long unit;
+    Known known[KNOWN]; /* each where its address leads: a newer one takes its place */
 } Encoder;
 
-static int put_tag_value(Line *line, PyObject *value)
+/* A name that is not known, and may be wrong. */
+static int put_new_name(Encoder *self, Line *line, PyObject *name, int of)
+{
+    if (!PyUnicode_CheckExact(name) || PyUnicode_GET_LENGTH(name) == 0)
+        return RARE;
+    if ((of == MEASUREMENT || of == FIELD) && PyUnicode_READ_CHAR(name, 0) == '_')
+        return RARE; /* may be one of InfluxDB's own */
+    if (of == TAG && PyDict_GET_SIZE(self->constant)) {
+        int there = PyDict_Contains(self->constant, name);
+        if (there)
+            return there < 0 ? BROKEN : RARE; /* it stands in the other's place */
+    }
+    Py_ssize_t begin = line->length;
+    int came = put_text(line, name, of);
+    if (came == DONE && (of == TAG || of == FIELD) && line->length - begin == 4 &&
+        memcmp(line->text + begin, "time", 4) == 0)
+        return RARE; /* InfluxDB's own column */
+    return came;
+}
+
+static int put_name(Encoder *self, Line *line, PyObject *name, int of)
+{
+    uintptr_t address = (uintptr_t)name;
+    Known *known = &self->known[(address >> 4 ^ address >> 11) % KNOWN];
+    if (line_room(line, sizeof known->text))
+        return BROKEN;
+    if (known->name == name && known->of == of) {
+        memcpy(line->text + line->length, known->text, sizeof known->text);
+        line->length += known->length;
+        return DONE;
+    }
+    Py_ssize_t begin = line->length;
+    int came = put_new_name(self, line, name, of);
+    Py_ssize_t length = line->length - begin;
+    if (came == DONE && length <= (Py_ssize_t)sizeof known->text) {
+        Py_XSETREF(known->name, Py_NewRef(name));
+        known->of = (unsigned char)of;
+        known->length = (unsigned char)length;
+        memcpy(known->text, line->text + begin, (size_t)length);
+    }
+    return came;
+}
+
+static int put_tag_value(Encoder *self, Line *line, PyObject *value)
 {
     if (PyUnicode_CheckExact(value))
-        return put_name(line, value, NAME);
+        return put_name(self, line, value, LABEL);
     if (line_room(line, LONGEST_NUMBER))
         return BROKEN;
     if (PyBool_Check(value)) {
@@ -432,54 +470,52 @@ static int put_tags(Encoder *self, Line *line, PyObject *tags)
     Py_ssize_t place = 0;
     PyObject *key, *value;
     while (PyDict_Next(tags, &place, &key, &value)) {
-        if (!PyUnicode_CheckExact(key))
-            return RARE;
-        if (PyDict_GET_SIZE(self->constant)) {
-            int there = PyDict_Contains(self->constant, key);
-            if (there)
-                return there < 0 ? BROKEN : RARE; /* it stands in the other's place */
-        }
-        if (value == Py_None || (PyUnicode_CheckExact(value) && !PyUnicode_GET_LENGTH(value)))
-            continue;
-        if (line_room(line, 2))
+        Py_ssize_t before = line->length;
+        if (line_room(line, 1))
             return BROKEN;
         put(line, ',');
-        int came = put_key(line, key);
+        int came = put_name(self, line, key, TAG);
         if (came)
             return came;
+        if (value == Py_None || (PyUnicode_CheckExact(value) && !PyUnicode_GET_LENGTH(value))) {
+            line->length = before;
+            continue;
+        }
         if (line_room(line, 1))
             return BROKEN;
         put(line, '=');
-        came = put_tag_value(line, value);
+        came = put_tag_value(self, line, value);
         if (came)
             return came;
     }
     return DONE;
 }
 
-/* `known`: the types that the fields have, or NULL, where they may have any. */
-static int put_fields(Line *line, PyObject *fields, PyObject *known, Py_ssize_t *left_out)
+/* `types`: those that the fields have, or NULL, where they may have any. */
+static int put_fields(
+    Encoder *self, Line *line, PyObject *fields, PyObject *types, Py_ssize_t *left_out)
 {
-    Py_ssize_t place = 0;
-    PyObject *key, *value;
+    Py_ssize_t place = 0, types_place = 0;
+    PyObject *key, *value, *next, *kind;
     char separator = ' ';
     while (PyDict_Next(fields, &place, &key, &value)) {
         Py_ssize_t before = line->length;
         if (before > MAX_LENGTH)
             return RARE;
-        if (!PyUnicode_CheckExact(key) || PyUnicode_GET_LENGTH(key) == 0)
-            return RARE;
-        if (PyUnicode_READ_CHAR(key, 0) == '_')
+        if (!PyUnicode_CheckExact(key))
             return RARE;
         PyObject *given = (PyObject *)Py_TYPE(value);
-        PyObject *kind = known == NULL ? given : PyDict_GetItemWithError(known, key);
+        if (types == NULL)
+            kind = given;
+        else if (!PyDict_Next(types, &types_place, &next, &kind) || next != key)
+            kind = PyDict_GetItemWithError(types, key); /* not in the order of the first point */
         int widened = kind == (PyObject *)&PyFloat_Type && given == (PyObject *)&PyLong_Type;
         if (kind != given && !widened)
             return PyErr_Occurred() ? BROKEN : RARE;
         if (line_room(line, 1))
             return BROKEN;
         put(line, separator);
-        int came = put_key(line, key);
+        int came = put_name(self, line, key, FIELD);
         if (came)
             return came;
         if (line_room(line, LONGEST_NUMBER + 2))
@@ -532,9 +568,7 @@ static int put_point(
     if (!PyUnicode_CheckExact(measurement) || !PyDict_CheckExact(fields) ||
         !(tags == Py_None || PyDict_CheckExact(tags)))
         return RARE;
-    if (PyUnicode_GET_LENGTH(measurement) && PyUnicode_READ_CHAR(measurement, 0) == '_')
-        return RARE; /* may be one of InfluxDB's own */
-    came = put_name(line, measurement, MEASUREMENT);
+    came = put_name(self, line, measurement, MEASUREMENT);
     if (came)
         return came;
     Py_ssize_t size = PyBytes_GET_SIZE(self->constant_text);
@@ -546,13 +580,13 @@ static int put_point(
         if (came)
             return came;
     }
-    PyObject *known = NULL;
+    PyObject *types = NULL;
     if (self->types != Py_None) {
-        known = PyDict_GetItemWithError(self->types, measurement);
-        if (known == NULL)
+        types = PyDict_GetItemWithError(self->types, measurement);
+        if (types == NULL)
             return PyErr_Occurred() ? BROKEN : RARE;
     }
-    return put_fields(line, fields, known, left_out);
+    return put_fields(self, line, fields, types, left_out);
 }
 
 /* The time, rounded down to the encoder's unit. */
@@ -662,6 +696,8 @@ static void encoder_dealloc(Encoder *self)
     Py_XDECREF(self->encode);
     Py_XDECREF(self->slow);
     Py_XDECREF(self->types);
+    for (int i = 0; i < KNOWN; i++)
+        Py_XDECREF(self->known[i].name);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }

@@ -96,7 +96,29 @@ class Pair:
 
 
 class Wild(Hostile):
-    """Hostile points with every kind of number, of length, and of object."""
+    """Hostile points with every kind of number, of length, and of object.
+
+    Every second name is one that was given before, the same object.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._given = ["a"] * 256
+
+    def mild(self) -> str:
+        """As before, and again."""
+        return self._or_again(super().mild())
+
+    def name(self) -> str:
+        """As before, and again."""
+        return self._or_again(super().name())
+
+    def _or_again(self, name: str) -> str:
+        place = self.below(512)
+        if place >= 256:
+            return self._given[place - 256]
+        self._given[place] = name
+        return name
 
     def float(self) -> float:
         """Any bits; or of few digits; or what clocks give."""

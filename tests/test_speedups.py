@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import operator
 import os
 import shlex
 import subprocess
@@ -115,6 +116,52 @@ def test_a_name_that_no_line_can_have_takes_no_stamp_whatever_was_encoded_before
     pair = Pair(SETTINGS[1])
     pair.check(Point("m", {"a": 1}))
     pair.check(Point("m", {Word("a"): 1, "\ud800": 1}))
+
+
+def test_a_name_is_written_for_what_it_names_whatever_it_named_before() -> None:
+    """The same object each time: what is known of it for one use does not hold for another."""
+    uses = [
+        lambda name: Point(name, {"f": 1}, None, 1),
+        lambda name: Point("m", {name: 1}, None, 1),
+        lambda name: Point("m", {"f": name}, None, 1),
+        lambda name: Point("m", {"f": 1}, {name: "x"}, 1),
+        lambda name: Point("m", {"f": 1}, {"x": name}, 1),
+    ]
+    for setting in SETTINGS:
+        for name in (
+            "time",
+            "_x",
+            "a",
+            "",
+            "b c=d,",
+            "é",
+            'q"',
+            "x" * 22,
+            "x" * 23,
+            "," * 11,
+            "," * 12,
+        ):
+            for first, second in itertools.product(uses, repeat=2):
+                pair = Pair(setting)
+                for use in (first, second, first):
+                    pair.check(use(name))
+
+
+def test_an_encoder_keeps_short_names_only_and_few_and_not_for_ever() -> None:
+    names = [f"name{number}" + "x" * length for length in (1, 30) for number in range(1_000)]
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(name) for name in names]
+
+    before = counts()
+    encode = make_encode({}, 1, None, None, _speedups)
+    for text in names:
+        encode(Point("m", {text: 1}, {text: text}, 1))
+    kept = list(map(operator.sub, counts(), before))
+    assert 0 < sum(kept[:1_000]) <= 128
+    assert kept[1_000:-1] == [0] * 999  # `text` is the last one
+    del encode, text
+    assert counts() == before
 
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
