@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 #: Iterable, and yet each is one point or a mistake.
-_NOT_MANY = (Mapping, Point, str, bytes)
+_NOT_MANY = (dict, Mapping, Point, str, bytes)  # a dict is a Mapping, but that is slow to find out
 _KEYS = ("measurement", "fields", "tags", "time")
+_NEEDED, _ALLOWED = frozenset(_KEYS[:2]), frozenset(_KEYS)
 #: The option ``api`` of a server that has numbers alone, and so no types.
 _VICTORIA = ("victoria", "victoria-cluster")
 #: influxdb-client's words for the unit of a point's time, in nanoseconds.
@@ -158,7 +159,7 @@ class Database(_Way):
             self._accept(point)
             return
         if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
-            self._send(point)
+            self._send_one(point)
             return
         if not self._enabled:
             return  # and the iterable is left as it is
@@ -172,13 +173,24 @@ class Database(_Way):
             except Exception as error:  # noqa: BLE001 - a user's generator may raise anything
                 self._reject(error)
                 return
-            self._send(each)
+            self._send_one(each)
 
-    def _send(self, point: object) -> None:
+    def _send_one(self, given: object) -> None:
+        """What stands for one point."""
         if not self._enabled:
             return
         try:
-            line = self._encode(point if type(point) is Point else _as_point(point))
+            point = given if type(given) is Point else _as_point(given)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._reject(error)
+            return
+        self._accept(point)
+
+    def _send(self, point: Point) -> None:
+        if not self._enabled:
+            return
+        try:
+            line = self._encode(point)
         except Exception as error:  # noqa: BLE001 - and so may any object when it is read
             self._reject(error)
             return
@@ -701,7 +713,7 @@ def _as_point(given: object) -> Point:
     """
     if isinstance(given, Point):
         return Point(*given)  # of a subclass, too
-    if isinstance(given, Mapping):
+    if isinstance(given, (dict, Mapping)):
         return _from_mapping(given)
     if hasattr(given, "to_line_protocol"):
         return _from_line(given)
@@ -712,8 +724,8 @@ def _as_point(given: object) -> Point:
 
 
 def _from_mapping(given: Mapping[str, Any]) -> Point:
-    unknown = [key for key in given if key not in _KEYS]
-    if unknown or "measurement" not in given or "fields" not in given:
+    if not _NEEDED <= frozenset(given) <= _ALLOWED:
+        unknown = [key for key in given if key not in _KEYS]
         missing = [key for key in ("measurement", "fields") if key not in given]
         wrong = [f"unknown key {key!r}" for key in unknown] + [f"no {key!r}" for key in missing]
         raise PointError(
