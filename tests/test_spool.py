@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import random
@@ -636,6 +637,104 @@ def test_a_lock_of_ours_outlives_our_own_look_for_others(make, child) -> None:
         [sys.executable, "-c", code, str(lock)], capture_output=True, timeout=20, check=False
     )
     assert b"BlockingIOError" in tried.stderr
+
+
+def test_who_begins_while_another_clears_up_after_the_dead_has_a_lock_that_is_there(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make()
+    lockf = fcntl.lockf
+
+    def look_before(lock: int, operation: int) -> None:
+        """The file is made and not yet locked: as if left by somebody who is dead."""
+        monkeypatch.undo()
+        assert other.all() == []
+        lockf(lock, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", look_before)
+    make()
+
+    assert files(other) == ["lock", "lock"]
+
+
+RACER = """
+    import logging, os, sys
+    from celery_influx.counters import Counters
+    from celery_influx.report import Report
+    from celery_influx.spool import Spool
+
+    folder, rounds = sys.argv[1:]
+
+    def meet(*words):
+        print(*words, flush=True)
+        sys.stdin.readline()
+
+    meet()
+    for number in range(int(rounds)):
+        counters = Counters(1)
+        report = Report(logging.getLogger("racer"))
+        place = f"{folder}/{number}"
+        spool = Spool("metrics", "here", place, 10_000_000, counters.row(0), report)
+        found = []
+        spool.open()
+        spool.head()
+        if number % 2:
+            meet()  # nobody sends before all have looked; else they look while others send
+        spool.append([b"-%d" % os.getpid()])
+        while lines := spool.head():
+            found += map(int, lines)
+            spool.pop()
+        spool.close()
+        meet(counters.total(0)["adopted"], *found)
+"""
+#: Of the test below.
+RACERS, DEAD, ROUNDS = 8, 20, 10
+
+
+def test_of_many_who_race_for_what_the_dead_left_one_has_each_batch(tmp_path: Path) -> None:
+    for number in range(ROUNDS):
+        for first in range(0, 3 * DEAD, 3):
+            dead = One(tmp_path / f"{number}")
+            dead.spool.SEGMENT = 1  # so a segment for each batch
+            dead.spool.append([b"%d" % first])
+            dead.spool.append([b"%d" % (first + 1)])
+            dead.spool.hold([b"%d" % (first + 2)])
+            dead.spool.close()
+    command = [sys.executable, "-c", textwrap.dedent(RACER), str(tmp_path), str(ROUNDS)]
+    pipe = subprocess.PIPE
+    racers = []
+
+    def meet() -> list[list[int]]:
+        """What each of them says, as soon as all have; then all go on."""
+        said = []
+        for racer in racers:
+            assert select.select([racer.stdout], [], [], 20)[0], "one of them has not come"
+            line = racer.stdout.readline()
+            assert line, racer.stderr.read()
+            said.append([int(word) for word in line.split()])
+        for racer in racers:
+            racer.stdin.write(b"\n")
+        return said
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(RACERS):
+            racer = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
+            racers.append(stack.enter_context(racer))
+            stack.callback(racer.kill)
+        meet()
+        rounds = []
+        for number in range(ROUNDS):
+            if number % 2:
+                meet()
+            rounds.append(meet())
+        ends = [(racer.communicate(timeout=20), racer.returncode) for racer in racers]
+
+    assert ends == [((b"", b""), 0)] * RACERS
+    expected = sorted([*range(3 * DEAD), *(-racer.pid for racer in racers)])
+    for said in rounds:
+        assert sum(adopted for adopted, *_ in said) == 3 * DEAD
+        assert sorted(number for _, *taken in said for number in taken) == expected
+    assert list(tmp_path.glob("*/*/*")) == []
 
 
 def open_in(folder: Path) -> list[Path]:
