@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import redis
+from celery import Celery
 
 from celery_influx.line_reader import decode
 from celery_influx.spool_records import records, unpack
@@ -114,6 +115,17 @@ class Network:
                 self._ended.wait(0.05)
 
 
+def on_disk(folder: Path) -> set[int]:
+    """The points in the files of the spool that is there."""
+    found = set()
+    for path in folder.glob("spool/main-*/*.spool"):
+        data = path.read_bytes()
+        for start, _, count in records(data):
+            points = map(decode, unpack(data, start, count))
+            found |= {point.fields["n"] for point in points if point.measurement == "chaos"}
+    return found
+
+
 class Scene:
     """A worker that sends by the network to influxd, and the troubles that come."""
 
@@ -204,7 +216,7 @@ class Scene:
         self.worker.stop(signal.SIGKILL)
         wait_for(lambda: not any(map(alive, children)), 10, "its children end with it")
         risk = at_risk(self.mode, state, began - put_down)
-        self.kills.append(Kill(began, time.time(), risk, self.on_disk()))
+        self.kills.append(Kill(began, time.time(), risk, on_disk(self.folder)))
         self.worker.start()
 
     def wait_for_batch_in_hand(self) -> float:
@@ -222,16 +234,6 @@ class Scene:
         when = wait_for(written, 40, "a batch is on disk before its attempt is over")
         assert isinstance(when, float)
         return when
-
-    def on_disk(self) -> set[int]:
-        """The points in the spool's files."""
-        found = set()
-        for path in self.folder.glob("spool/main-*/*.spool"):
-            data = path.read_bytes()
-            for start, _, count in records(data):
-                points = map(decode, unpack(data, start, count))
-                found |= {point.fields["n"] for point in points if point.measurement == "chaos"}
-        return found
 
     def has_spooled(self) -> bool:
         """Whether anything waits on disk."""
@@ -317,3 +319,60 @@ def _oldest(kill: Kill, missing: dict[int, float]) -> float:
     """Seconds from when the oldest point that was lost with it was accepted."""
     lost = [when for when in missing.values() if kill.began - 5 < when < kill.ended]
     return round(kill.began - min(lost, default=kill.began), 2)
+
+
+def files_in(folder: Path) -> set[tuple[int, str]]:
+    """Whose files are in the spool that is there, and of which kind."""
+    paths = folder.glob("spool/main-*/*")
+    return {(int(path.name.partition(".")[0].partition("-")[2]), path.suffix) for path in paths}
+
+
+def test_what_a_killed_worker_left_arrives_once_by_another_that_spools_there_too(
+    broker: str, sender: Celery, tmp_path: Path
+) -> None:
+    with Influxd(tmp_path / "influxd", udp=False) as influxd:
+        pass  # it has its database, and is away
+    points = 4 * POINTS
+    place = f"127.0.0.1:{influxd.http_port}/celery?spool_dir={tmp_path / 'spool'}"
+    config = {
+        "influx_databases": {"main": f"http://{place}&flush_interval=0.05"},
+        "influx_task_points": False,
+    }
+
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for number, queue in enumerate(("first", "second")):
+            worker = Worker(
+                tmp_path / queue,
+                "chaos",
+                broker,
+                {**config, "task_default_queue": queue},
+                variables={"LOOK": "0.2"},
+                level="warning",
+            )
+            workers.append(stack.enter_context(worker))
+            for each in range(number * points, (number + 1) * points, POINTS):
+                sender.send_task("chaos.send", (each, POINTS), queue=queue, ignore_result=True)
+            expected = {*range((number + 1) * points)}
+            wait_for(lambda: on_disk(tmp_path) == expected, 20, "all is on disk")  # noqa: B023
+        first, second = workers
+        owners = {(worker.pid(), kind) for worker in workers for kind in (".lock", ".spool")}
+        assert files_in(tmp_path) == owners
+        # It has looked for the dead at its start, when the first had all of its points on disk.
+        assert stats(sender, second)["main"]["adopted"] == 0
+
+        first.stop(signal.SIGKILL)
+        stack.enter_context(influxd)
+        left = {(second.pid(), ".lock")}
+        wait_for(
+            lambda: files_in(tmp_path) == left, 30, "all is sent, and no file of the dead left"
+        )
+        account = stats(sender, second)["main"]
+
+        assert influxd.count("chaos", "n") == 2 * points
+        assert {row["n"] for row in influxd.rows("chaos")} == {*range(2 * points)}
+        # What came twice would be stored once, and counted here.
+        assert account["sent"] == 2 * points
+        assert account["adopted"] == account["points"] == points
+        assert second.stop() == 0
+        assert files_in(tmp_path) == set()
