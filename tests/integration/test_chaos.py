@@ -237,7 +237,9 @@ class Scene:
 
     def has_spooled(self) -> bool:
         """Whether anything waits on disk."""
-        return any(path.stat().st_size for path in self.folder.glob("spool/main-*/*.spool"))
+        with contextlib.suppress(FileNotFoundError):  # it was sent meanwhile
+            return any(path.stat().st_size for path in self.folder.glob("spool/main-*/*.spool"))
+        return True
 
     def close(self) -> None:
         with contextlib.suppress(AssertionError):
