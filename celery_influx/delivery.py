@@ -339,6 +339,7 @@ class Delivery:
         if self._is_head and self._took_others:
             self._hold_head(fate, error)
             return
+        self._took_others = False  # or an outage's first attempt at the head would count
         count, delay = self.held, self._delay(fate, error.retry_after)
         if not self._spool and self._answers >= self._retry_tries:
             self._give_up_on(error, f" after {self._answers} attempts")

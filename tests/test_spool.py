@@ -1001,6 +1001,19 @@ def test_it_may_be_tried_as_often_as_it_likes_while_nothing_else_is_taken(scene)
     assert away.server.stored == [b"first"]
 
 
+def test_that_others_were_taken_before_an_outage_does_not_count_against_the_oldest(scene) -> None:
+    away = scene(Server(), tries=1)
+    away.delivery.deliver([b"taken"])
+    away.server.answers = [failure("ECONNREFUSED")] * 2
+    away.delivery.deliver([b"first"])
+    away.now += away.delivery.wait
+    assert away.delivery.catch_up()
+    assert away.delivery.wait == 1
+    away.now += away.delivery.wait
+    assert away.delivery.catch_up()
+    assert away.server.stored == [b"taken", b"first"]
+
+
 def test_a_server_may_ask_for_an_hour_and_no_more(scene) -> None:
     away = scene(Server(failure("503", 1e9)))
     away.delivery.deliver([b"first"])
