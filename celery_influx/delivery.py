@@ -137,7 +137,9 @@ class Delivery:
         self.failed = self.spooled = 0
         self.most_lines = sys.maxsize
         self._parts = Parts()  # of the batch
-        # Of the oldest batch in the spool: failures while others were taken, and when it is due.
+        # Of the oldest batch in the spool: its first line, failures while others were taken, and
+        # when it is due.
+        self._head: list[bytes] = []
         self._head_failures = 0
         self._head_due = 0.0
         self._took_others = False
@@ -251,6 +253,8 @@ class Delivery:
         lines = self._spool.head()
         if lines is None:
             return False
+        if lines[:1] != self._head:  # the last one was done with, or dropped, or stands elsewhere
+            self._head, self._head_failures = lines[:1], 0
         self._begin(lines, is_head=True)
         self.retry()
         return True
@@ -283,7 +287,7 @@ class Delivery:
             self.most_lines, self._largest_taken = self._largest_taken, 0
         if self._spool and self._is_head:
             self._is_head = False
-            self._head_failures = 0
+            self._head.clear()
             self._spool.pop()
         elif self._spool and self._spool_first:
             self._on_disk(self._spool.release)

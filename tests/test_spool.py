@@ -988,6 +988,42 @@ def test_a_batch_that_alone_is_not_taken_is_lost_after_its_tries(scene, caplog, 
     assert "1 lines lost after 3 attempts" in caplog.text
 
 
+def test_a_batch_is_not_lost_for_the_failures_of_one_that_was_dropped(scene, caplog) -> None:
+    full = scene(Server(failure("ECONNREFUSED")), tries=2)
+    full.delivery.deliver([b"bad"])
+    full.server.judge = lambda lines: failure("503") if lines == [b"bad"] else 0
+    full.now += 31
+    full.delivery.deliver([b"live"])
+    assert full.delivery.catch_up()
+    full.server.answers = [failure("ECONNREFUSED")]
+    while not full.counted().get("dropped"):
+        full.delivery.deliver([b"good" * 100_000])
+
+    full.now += 31
+    full.delivery.deliver([b"live"])
+    full.server.answers = [failure("503")]
+    assert full.delivery.catch_up()
+
+    assert full.delivery.is_behind
+    assert "lost" not in full.counted()
+
+
+def test_a_batch_is_not_lost_for_the_failures_of_others_that_were_taken_in_part(scene) -> None:
+    slow = scene(Server(failure("ECONNREFUSED")), tries=2)
+    for number in range(2):
+        slow.delivery.deliver(batch(number, 4))
+    for _ in range(2):
+        slow.now += 31
+        slow.delivery.deliver([b"live"])
+        slow.server.answers = [failure("413"), 0, failure("timeout")]
+        assert slow.delivery.catch_up()
+        slow.go_on()
+    slow.now += 31
+    while slow.delivery.catch_up():
+        slow.go_on()
+    assert sorted(slow.server.stored) == sorted([b"live"] * 2 + batch(0, 4) + batch(1, 4))
+
+
 def test_it_may_be_tried_as_often_as_it_likes_while_nothing_else_is_taken(scene) -> None:
     away = scene(Server(), tries=3)
     away.server.judge = lambda lines: failure("500")
