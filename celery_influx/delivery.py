@@ -145,7 +145,9 @@ class Delivery:
         self._took_others = False
         self._is_kept = False  # the batch is in the spool, whatever becomes of its attempt
         self._largest_taken = 0  # part of a batch that was too long, in lines
-        self._refused: list[SendError] = []  # for each line of the batch that was found by halves
+        # For each line of the batch that was found by halves: the cause, and the server's words.
+        # Not the errors: each would keep the frames that it came through, and the answers in them.
+        self._refused: list[tuple[str, str]] = []
         self._answered()
         self._begin()
 
@@ -428,15 +430,15 @@ class Delivery:
         too_long = error.cause in _TOO_LONG
         if parts.too_long() if too_long else parts.refused():
             self._reject(1)
-            self._refused.append(error)
+            self._refused.append((error.cause, self._refusal))
         elif too_long:
             self._largest_taken = self._largest_taken or 1
 
     def _say_refused(self) -> None:
         """Name the lines of the batch that were found by halves."""
         if self._refused:
-            why = shorten("; ".join(dict.fromkeys(map(str, self._refused))))
-            self._say_rejected(self._refused[-1].cause, len(self._refused), self._size, why)
+            why = shorten("; ".join(dict.fromkeys(words for _, words in self._refused)))
+            self._say_rejected(self._refused[-1][0], len(self._refused), self._size, why)
             self._refused.clear()
 
     def _reject(self, rejected: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -574,6 +575,26 @@ def test_what_is_too_long_at_once_goes_in_parts_and_the_next_ones_are_shorter(
     assert scene.counted()["sent"] == 5_000
     assert "rejected" not in scene.counted()
     assert most / 2 <= scene.delivery.most_lines <= most
+
+
+def test_the_answers_to_a_search_are_not_kept_until_it_is_over() -> None:
+    """A server may say as much as a batch is long to each line that it does not take."""
+    kept: list[weakref.ref[set[int]]] = []
+
+    def judge(lines: list[bytes]) -> int | Exception:
+        answer = {1}
+        kept.append(weakref.ref(answer))
+        if b"long" in lines:
+            raise failure("413")
+        return 0
+
+    scene = Scene(Server())
+    scene.server.judge = judge
+    scene.delivery.deliver([b"long", b"a", b"long", b"b"])
+    while scene.delivery.held > 1:
+        scene.delivery.retry()
+    assert scene.counted()["rejected"] == 2
+    assert [each() for each in kept] == [None] * len(kept)
 
 
 def test_a_line_that_is_too_long_alone_is_rejected() -> None:
