@@ -255,6 +255,8 @@ TABLE = [
     Row("no number for a length", saying(head(204, "Content-Length: x")), (None, "expected 200, got 204; is this")),
     Row("false gzip", saying(head(200, "Content-Encoding: gzip"), b"{}", then=hang_up), (NO_API, UNPACKABLE)),
     Row("false zlib", saying(head(200, "Content-Encoding: br"), b"{}", then=hang_up), (NO_API, UNPACKABLE)),
+    Row("zlib of no body", saying(head(204, "Content-Encoding: br")), (None, "expected 200, got 204; is this")),
+    Row("chunks of no body", saying(head(204, "Transfer-Encoding: chunked"), then=hang_up), (None, "expected 200, got 204; is this")),
     Row("another protocol", saying(b"+OK POP3 ready\r\n"), LOST),
     Row("HTTP 9", saying(b"HTTP/9.9 200 OK\r\n\r\n"), LOST),
     Row("status 1000", saying(b"HTTP/1.1 1000 OK\r\n\r\n"), LOST),
