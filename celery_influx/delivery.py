@@ -108,6 +108,8 @@ class Delivery:
     #: Most requests by which the bad lines of one batch are looked for, and most that are too long
     #: one after the other.
     MOST_REQUESTS = 64
+    #: Most searches, ended by an outage, of which it is remembered how far they were.
+    MOST_SEARCHES = 100
 
     def __init__(
         self,
@@ -143,6 +145,8 @@ class Delivery:
         self._head_failures = 0
         self._head_due = 0.0
         self._took_others = False
+        # By the first line of what an outage left of a search, and is on disk: how far that was.
+        self._searches: dict[bytes, tuple[int, int]] = {}
         self._is_kept = False  # the batch is in the spool, whatever becomes of its attempt
         self._largest_taken = 0  # part of a batch that was too long, in lines
         # For each line of the batch that was found by halves: the cause, and the server's words.
@@ -258,6 +262,8 @@ class Delivery:
         if lines[:1] != self._head:  # the last one was done with, or dropped, or stands elsewhere
             self._head, self._head_failures = lines[:1], 0
         self._begin(lines, is_head=True)
+        if lines and lines[0] in self._searches:
+            self._parts.go_on(*self._searches.pop(lines[0]))
         self.retry()
         return True
 
@@ -402,6 +408,10 @@ class Delivery:
             if not self._on_disk(self._spool.append, lines):
                 return False
             self.spooled += len(lines)
+        if lines and self._parts.is_searched:
+            if len(self._searches) >= self.MOST_SEARCHES:
+                self._searches.clear()  # the spool has dropped most of them
+            self._searches[lines[0]] = self._parts.requests, self._parts.too_long_in_a_row
         self._parts.clear()
         return True
 

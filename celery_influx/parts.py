@@ -29,6 +29,15 @@ class Parts:
         """Begin, or go on, with these."""
         self._parts.extend(lists)
 
+    def go_on(self, requests: int, too_long_in_a_row: int) -> None:
+        """What was added is left of a search that was so far when it ended."""
+        self.requests, self.too_long_in_a_row = requests, too_long_in_a_row
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether something was refused or too long."""
+        return bool(self.requests or self.too_long_in_a_row)
+
     @property
     def first(self) -> list[bytes]:
         """The part that is next."""

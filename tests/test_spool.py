@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -1108,6 +1109,24 @@ def test_a_search_that_an_outage_ends_goes_on_afterwards(searched: Scene) -> Non
     assert sorted(back.server.stored) == sorted(GOOD)
     found = back.counted()
     assert (found["sent"], found["rejected"]) == (99, 1)
+
+
+@pytest.mark.parametrize("cause", ["400", "413"])
+@pytest.mark.parametrize("between", [2, 5, 20])
+def test_outages_give_a_search_no_more_requests(scene, between: int, cause: str) -> None:
+    """As of a proxy with two servers behind it, of which one is away."""
+    back = scene(Server(failure("ECONNREFUSED")))
+    back.delivery.deliver(A_HUNDRED)
+    tries = itertools.count(1)
+    back.server.judge = lambda given: failure(cause if next(tries) % between else "502")
+    for _ in range(1_000):
+        back.now += back.delivery.wait
+        back.go_on(1)
+        back.delivery.catch_up()
+    found = back.counted()
+    assert not back.delivery.is_behind
+    assert found["rejected"] == 100
+    assert found["errors_refused"] == 64
 
 
 def test_always_means_before_the_first_attempt(scene, make) -> None:
