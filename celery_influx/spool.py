@@ -214,8 +214,18 @@ class Spool:
         if hand is not None:
             os.close(hand)
         gone = sum(segment.lines or 0 for segment in self._segments if not segment.path.exists())
-        if self._read:
+        if self._read and not self._read[0].path.exists():
             gone += sum(count for *_, count in self._read[2])
+        self._count_removed(gone)
+        for owner in self._owners:
+            owner.release(is_done=False)
+        self._owners.clear()
+        self._segments.clear()
+        self._read = None
+        self.bytes = self.lines = 0
+        self._own = self._begin()
+
+    def _count_removed(self, gone: int) -> None:
         self._counters[LOST] += gone
         self._report.warn(
             "spool removed",
@@ -224,13 +234,6 @@ class Spool:
             self.folder,
             gone,
         )
-        for owner in self._owners:
-            owner.release(is_done=False)
-        self._owners.clear()
-        self._segments.clear()
-        self._read = None
-        self.bytes = self.lines = 0
-        self._own = self._begin()
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -403,6 +403,18 @@ def test_files_that_somebody_removes_are_made_again(make, caplog, what: str) -> 
     assert "were removed while in use" in caplog.text
 
 
+def test_what_is_being_read_when_its_lock_is_removed_is_not_lost(make) -> None:
+    one = make()
+    for number in range(3):
+        one.spool.append(batch(number))
+    assert one.spool.head() == batch(0)
+    (lock,) = one.spool.folder.glob("*.lock")
+    lock.unlink()
+    one.spool.append(batch(3))
+    assert sorted(one.all()) == [batch(number) for number in range(4)]
+    assert one.counted() == {"spooled": 12}
+
+
 def test_what_is_left_of_a_batch_replaces_it(make) -> None:
     one = make()
     for number in range(3):
