@@ -407,6 +407,11 @@ class Spool:
             self._close_segment()
         try:
             self._read = segment, *self._load(segment)
+        except FileNotFoundError:
+            gone = segment.lines or 0
+            self.lines -= gone
+            self._delete(segment)
+            self._count_removed(gone)
         except OSError as error:  # it may be better by and by
             self._warn_of(error)
             self._close_segment()

@@ -403,6 +403,19 @@ def test_files_that_somebody_removes_are_made_again(make, caplog, what: str) -> 
     assert "were removed while in use" in caplog.text
 
 
+def test_a_segment_that_somebody_removes_is_counted_when_it_is_its_turn(make, caplog) -> None:
+    one = make()
+    one.spool.SEGMENT = 1
+    for number in range(3):
+        one.spool.append(batch(number))
+    (oldest, *_) = sorted(one.spool.folder.glob("*.spool"))
+    oldest.unlink()
+    assert one.all() == [batch(1), batch(2)]
+    assert one.spool.lines == one.spool.bytes == 0
+    assert one.counted() == {"spooled": 9, "lost": 3}
+    assert "were removed while in use; 3 lines lost" in caplog.text
+
+
 def test_what_is_being_read_when_its_lock_is_removed_is_not_lost(make) -> None:
     one = make()
     for number in range(3):
