@@ -382,6 +382,8 @@ class Spool:
                     self._finish_reading()
                 elif self._segments:
                     if not self._read_next():
+                        if self._is_time_to_look():
+                            self._adopt()  # for the next time: it may stay unreadable
                         return None
                 elif not self._is_time_to_look() or not self._adopt():
                     return None

@@ -322,6 +322,23 @@ def test_a_segment_that_cannot_be_read_waits_and_keeps_no_other_waiting(make, ca
     assert one.spool.lines == one.spool.bytes == 0
 
 
+def test_a_segment_that_cannot_be_read_keeps_nobody_from_adopting(make) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    (path,) = one.spool.folder.glob("*.spool")
+    path.unlink()
+    path.mkdir()
+    assert one.all() == []
+    left = make()
+    left.spool.append(batch(1))
+    left.spool.close()
+    for _ in range(3):
+        one.now += 31
+        if one.spool.head() is not None:
+            break
+    assert one.spool.head() == batch(1)
+
+
 def test_what_is_adopted_while_another_segment_cannot_be_read_takes_no_place(make) -> None:
     for number in range(2):
         left = make()
