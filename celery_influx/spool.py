@@ -205,9 +205,8 @@ class Spool:
 
     def _begin_anew_if_removed(self) -> None:
         """Somebody has removed our files: what is gone is lost, and what is there, another's."""
-        if os.fstat(self._own.lock).st_nlink and (
-            self._out is None or os.fstat(self._out).st_nlink
-        ):
+        files = (self._own.lock, self._out, self._hand)
+        if all(os.fstat(file).st_nlink for file in files if file is not None):
             return
         self._close_segment()
         hand, self._hand = self._hand, None
@@ -300,6 +299,7 @@ class Spool:
     def hold(self, lines: list[bytes]) -> None:
         """Write the batch that is about to be sent where it is found if we end before it is."""
         with self._lock:
+            self._begin_anew_if_removed()
             if self._hand is None:
                 self._hand = _open_to_append(self._path(_HAND))
                 self._sync_folder(self.folder)

@@ -420,6 +420,19 @@ def test_files_that_somebody_removes_are_made_again(make, caplog, what: str) -> 
     assert "were removed while in use" in caplog.text
 
 
+def test_a_batch_is_held_in_a_file_that_is_there_whatever_somebody_removes(make) -> None:
+    one = make()
+    one.spool.hold(batch(0))
+    (hand,) = one.spool.folder.glob("*.hand.spool")
+    hand.unlink()
+    one.spool.release()
+
+    one.spool.hold(batch(1))
+
+    one.spool.close()
+    assert make().all() == [batch(1)]
+
+
 def test_a_segment_that_somebody_removes_is_counted_when_it_is_its_turn(make, caplog) -> None:
     one = make()
     one.spool.SEGMENT = 1
