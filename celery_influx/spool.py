@@ -41,7 +41,8 @@ _SHARED = re.compile(
 )
 #: The locks that this process has: it may not open these files again, since closing any of its
 #: descriptors of a file ends its lock of it. A forked child has none of its parent's.
-_ours: set[tuple[int, Path]] = set()
+#: By whom they were claimed, before they are tried: two of its threads would both get a lock.
+_ours: dict[tuple[int, Path], object] = {}
 #: Those that it had, and whose segments it has counted: it may be who adopts them.
 _left: set[tuple[int, Path]] = set()
 
@@ -72,8 +73,8 @@ class _Owner:
             _remove(self.path)
         else:
             _left.add((os.getpid(), self.path))
-        _ours.discard((os.getpid(), self.path))
         os.close(self.lock)
+        _ours.pop((os.getpid(), self.path), None)  # not before: this would end another's lock
 
 
 def _note(segment: Path, place: int) -> list[bytes]:
@@ -480,9 +481,7 @@ class Spool:
             if len(self._owners) > self.MOST_OWNERS:
                 self._next_look = self._clock()  # for the rest
                 break
-            path = self.folder / f"{owner}{_LOCK}"
-            if (os.getpid(), path) not in _ours:
-                self._adopt_from(path)
+            self._adopt_from(self.folder / f"{owner}{_LOCK}")
         return bool(self._segments)
 
     def _adopt_from(self, path: Path) -> None:
@@ -556,13 +555,26 @@ class Spool:
 
 
 def _locked(path: Path) -> int | None:
-    """The file, made if it is not there, and locked; None if another process has it."""
+    """The file, made if it is not there, and locked; None if somebody else has it."""
+    ours, claim = (os.getpid(), path), object()
+    if _ours.setdefault(ours, claim) is not claim:
+        return None
+    lock = None
+    try:
+        lock = _locked_file(path)
+    finally:
+        if lock is None:
+            del _ours[ours]
+    return lock
+
+
+def _locked_file(path: Path) -> int | None:
+    """The same, where no other thread of this process tries it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Its owner may have removed it in between: then it is locked, and another is not.
         if os.path.samestat(path.stat(), os.fstat(lock)):
-            _ours.add((os.getpid(), path))
             return lock
     except (BlockingIOError, PermissionError, FileNotFoundError):
         pass  # another's, or gone

@@ -799,6 +799,32 @@ def open_in(folder: Path) -> list[Path]:
     return [link for link in links if link.is_symlink() and link.readlink().parent == folder]
 
 
+def test_of_two_threads_that_look_at_once_one_adopts(make, monkeypatch) -> None:
+    dead = make()
+    dead.spool.append(batch(0))
+    dead.spool.close()
+    first, second = make(), make()
+    locked, looked = threading.Event(), threading.Event()
+    lockf = fcntl.lockf
+
+    def lock_and_wait(*given: int) -> None:
+        lockf(*given)
+        if threading.current_thread() is thread:
+            locked.set()
+            assert looked.wait(30)
+
+    monkeypatch.setattr(fcntl, "lockf", lock_and_wait)
+    found: list[list[list[bytes]]] = []
+    thread = threading.Thread(target=lambda: found.append(first.all()))
+    thread.start()
+    assert locked.wait(30)
+    found.append(second.all())
+    looked.set()
+    thread.join(30)
+
+    assert found == [[], [batch(0)]]
+
+
 def test_a_forked_child_lets_go_of_the_files(make) -> None:
     one = make()
     one.spool.append(batch(0))
