@@ -309,7 +309,8 @@ class DatabaseOptions:
     retry_tries: int = option(
         10,
         "Most attempts at a batch that the server answers by 408, 425, 429 or 5xx: some answer so "
-        "what they will never take.",
+        "what they will never take. With `spool_dir`: at one that fails, for any reason that may "
+        "pass, while others are taken.",
         at_least=1,
         at_most=1_000_000,
     )
