@@ -620,10 +620,11 @@ def shared_file_system(folder: str, mounts: str = "/proc/self/mountinfo") -> str
     """The kind of the file system of ``folder``, if other machines may use it, too; else ""."""
     kinds = {}
     with contextlib.suppress(OSError):
-        for line in Path(mounts).read_text("utf-8", "replace").splitlines():
-            before, _, after = line.partition(" - ")
-            place = before.split()[4].encode("latin-1", "replace").decode("unicode_escape")
-            kinds[Path(place)] = after.split()[0]
+        # As bytes: the kernel escapes spaces and newlines, but not all at which text is parted.
+        for line in filter(None, Path(mounts).read_bytes().split(b"\n")):
+            before, _, after = line.partition(b" - ")
+            place = before.split(b" ")[4].decode("unicode_escape").encode("latin-1")
+            kinds[Path(os.fsdecode(place))] = os.fsdecode(after.split(b" ")[0])
     path = Path(folder).resolve()
     kind = next((kinds[place] for place in (path, *path.parents) if place in kinds), "")
     return kind if _SHARED.fullmatch(kind) else ""

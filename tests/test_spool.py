@@ -905,10 +905,12 @@ def test_without_fsync_nothing_waits_for_the_disk(make, synced: list[tuple[str, 
     assert synced == []
 
 
-MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-36 22 0:40 / /mnt/two\040words rw shared:2 master:3 - nfs4 server:/export rw,vers=4.2
-37 36 0:41 / /mnt/two\040words/local rw - tmpfs tmpfs rw
+MOUNTS = """22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+36 22 0:40 / /mnt/two\\040words rw shared:2 master:3 - nfs4 server:/export rw,vers=4.2
+37 36 0:41 / /mnt/two\\040words/local rw - tmpfs tmpfs rw
 38 22 0:42 / /mnt/ssh rw - fuse.sshfs user@host: rw
+39 22 0:43 / /mnt/\f\r\x85\u2028\xa0 rw - 9p share rw
+40 22 0:44 / /mnt/\u0434\\134040 rw - cifs //server/share rw
 """
 
 
@@ -921,11 +923,13 @@ MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
         ("/mnt/two words/local/x", ""),
         ("/mnt/ssh/x", "fuse.sshfs"),
         ("/mnt/sshx", ""),
+        ("/mnt/\f\r\x85\u2028\xa0/x", "9p"),
+        ("/mnt/\u0434\\040", "cifs"),
     ],
 )
 def test_a_file_system_that_others_use_too_is_known(tmp_path: Path, folder, kind) -> None:
     mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS)
+    mounts.write_bytes(MOUNTS.encode())
     assert shared_file_system(folder, str(mounts)) == kind
     assert shared_file_system(str(tmp_path)) == ""
     assert shared_file_system(folder, str(tmp_path / "none")) == ""
