@@ -200,7 +200,10 @@ class Spool:
             path = self.folder / f"{time.time_ns():016x}-{os.getpid()}{_LOCK}"
             lock = _locked(path)
             if lock is not None:
-                os.pwrite(lock, b" " * 300 + b"\n", 0)  # room for notes, be the disk full by then
+                # Room for notes, be the disk full by then. If it is so now, what fills it may be
+                # what is here to be sent.
+                with contextlib.suppress(OSError):
+                    os.pwrite(lock, b" " * 300 + b"\n", 0)
                 self._owners.append(_Owner(path, lock))
                 return self._owners[-1]
 

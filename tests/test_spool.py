@@ -1291,6 +1291,24 @@ def test_a_disk_that_takes_nothing_leaves_it_as_it_is_without_a_spool(scene, cap
     assert "metrics: the spool fails: [Errno 27]" in caplog.text
 
 
+def test_who_begins_on_a_full_disk_sends_what_fills_it(make, scene) -> None:
+    for number in range(2):
+        one = make()
+        one.spool.append(batch(number))
+        one.spool.close()
+
+    with no_file_longer_than(0):
+        full = scene(Server())
+        while full.delivery.catch_up():
+            pass
+        stored = list(full.server.stored)
+
+    assert stored == [*batch(0), *batch(1)]
+    full.server.answers = [failure("timeout")]
+    full.delivery.deliver(BATCH)
+    assert full.delivery.spooled == 3
+
+
 def test_who_sends_a_point_does_not_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
