@@ -204,7 +204,7 @@ class Batcher:
             lines, too_long = self._buffer.take(self._batch_size, delivery.max_bytes)
             if too_long:
                 delivery.reject(too_long)
-            if not delivery.keep(lines):
+            if lines and not delivery.keep(lines):
                 return kept, len(lines)
             kept += len(lines)
         return kept, 0

@@ -257,6 +257,17 @@ def test_at_the_end_all_is_on_disk_and_the_next_one_sends_it(make, tmp_path, cap
     assert back.counted() == {"sent": 50, "payloads": 10}
 
 
+def test_lines_that_are_too_long_leave_no_empty_batch_on_disk_at_the_end(make, tmp_path) -> None:
+    setup = make(Away(), spool=tmp_path)
+    wait_for(lambda: setup.batcher._delivery.can_keep(1), 20, "the spool")
+    setup.buffer.put([b"x" * 2_000])
+
+    setup.batcher.close(0)
+
+    assert setup.counted() == {"rejected": 1}
+    assert list(tmp_path.glob("*/*.spool")) == []
+
+
 def test_the_batch_of_an_attempt_that_hangs_at_the_end_is_on_disk_too(
     make, gate: Gate, tmp_path, caplog
 ) -> None:
