@@ -390,6 +390,8 @@ class Delivery:
             self._give_up_on(error, f" after {self._head_failures} attempts")
             return
         self._head_due = self._clock() + delay
+        if error.retry_after is not None:  # the server's wish is for all
+            self._due, self._asked_to_wait = self._head_due, True
         self._say_again(error, self.held, delay, "others are taken")
         self._put_aside()
 

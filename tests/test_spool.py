@@ -1074,6 +1074,26 @@ def test_a_batch_that_alone_is_not_taken_is_lost_after_its_tries(scene, caplog, 
     assert "1 lines lost after 3 attempts" in caplog.text
 
 
+def test_a_wish_to_wait_that_meets_the_oldest_batch_on_disk_is_one_for_all(scene) -> None:
+    busy = scene(Server(failure("ECONNREFUSED")), tries=3)
+    busy.delivery.deliver([b"old"])
+    busy.now += busy.delivery.wait
+    busy.delivery.deliver([b"live"])
+    busy.server.answers = [failure("503", 60.0)]
+    assert busy.delivery.catch_up()
+
+    assert busy.delivery.wait == 60.0
+    busy.delivery.hurry(at_once=True)
+    busy.delivery.deliver([b"new"])
+    assert busy.server.stored == [b"live"]
+    busy.now += 60
+    assert busy.delivery.wait == 0
+    busy.delivery.deliver([b"newer"])
+    while busy.delivery.catch_up():
+        pass
+    assert busy.server.stored == [b"live", b"newer", b"old", b"new"]
+
+
 def test_a_batch_is_not_lost_for_the_failures_of_one_that_was_dropped(scene, caplog) -> None:
     full = scene(Server(failure("ECONNREFUSED")), tries=2)
     full.delivery.deliver([b"bad"])
