@@ -5,13 +5,14 @@ its peers have receivers at both. Each variant runs the same no-op task through 
 in one process, with its receivers connected only while it is measured; ours write the point into
 the buffer of this process. Counted is the CPU time of the thread that runs the tasks.
 
-And the same in a pool child, which is forked for each round, and writes to its worker's relay:
-there the worker's CPU is counted, too.
+And the same in a pool child, which writes to its worker's relay: there the worker's CPU is counted,
+too.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import time
 import uuid
@@ -62,6 +63,9 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
             with python_only():
                 app = _plugged("python child", sink.port, stack, in_pool=True)
             pools["celery_influx, Python only"] = (app, _connected_python)
+        children = {name: _PoolChild(*pool) for name, pool in pools.items()}
+        for child in children.values():
+            stack.callback(child.stop)
         in_pools: dict[str, list[tuple[float, float]]] = {name: [] for name in pools}
         figures: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(rounds + 2):
@@ -72,7 +76,7 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
                 if hasattr(app, "influx"):
                     app.influx.flush(30)
             for name in rotated(list(pools), turn):
-                in_pools[name].append(_pool_round(*pools[name], size))
+                in_pools[name].append(children[name].round(size))
     sink.stop()
     # The first ones warm up.
     _table({name: found[2:] for name, found in figures.items()}).show()
@@ -110,11 +114,11 @@ def _nothing() -> Iterator[None]:
 
 @contextmanager
 def _connect(*pairs: tuple[Any, Callable[..., None]]) -> Iterator[None]:
-    for signal, receiver in pairs:
-        signal.connect(receiver, weak=False, dispatch_uid=receiver)
+    for sent, receiver in pairs:
+        sent.connect(receiver, weak=False, dispatch_uid=receiver)
     yield
-    for signal, receiver in pairs:
-        signal.disconnect(dispatch_uid=receiver)
+    for sent, receiver in pairs:
+        sent.disconnect(dispatch_uid=receiver)
 
 
 def _connected() -> Any:
@@ -172,26 +176,41 @@ def _round(app: Celery, size: int) -> float:
     return (time.thread_time() - before) / size * 1e6
 
 
-def _pool_round(app: Celery, connected: Callable[[], Any], size: int) -> tuple[float, float]:
-    """µs of CPU of a task, by a child and by its worker."""
-    read_fd, write_fd = os.pipe()
-    before = time.process_time()
-    with connected():
-        child = os.fork()
-        if not child:
+class _PoolChild:
+    """A forked child that runs tasks by the round, as a pool's does: it lives through all of them.
+
+    One of its own for each round would count what the first touch of its memory costs.
+    """
+
+    def __init__(self, app: Celery, connected: Callable[[], Any]) -> None:
+        self._app = app
+        self._orders_fd, self._order_fd = os.pipe()
+        self._costs_fd, self._cost_fd = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
             try:
                 current_process().index = 0
-                os.write(write_fd, struct.pack("d", _round(app, size)))
+                with connected():
+                    while True:
+                        (size,) = struct.unpack("I", os.read(self._orders_fd, 4))
+                        os.write(self._cost_fd, struct.pack("d", _round(app, size)))
             finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-        if hasattr(app, "influx"):
-            app.influx.flush(30)
-    worker = (time.process_time() - before) / size * 1e6
-    (cost,) = struct.unpack("d", os.read(read_fd, 8))
-    os.close(read_fd)
-    os.close(write_fd)
-    return cost, worker
+                os._exit(1)
+
+    def round(self, size: int) -> tuple[float, float]:
+        """µs of CPU of a task, by the child and by its worker."""
+        before = time.process_time()
+        os.write(self._order_fd, struct.pack("I", size))
+        (cost,) = struct.unpack("d", os.read(self._costs_fd, 8))
+        if hasattr(self._app, "influx"):
+            self._app.influx.flush(30)
+        return cost, (time.process_time() - before) / size * 1e6
+
+    def stop(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        for fd in (self._orders_fd, self._order_fd, self._costs_fd, self._cost_fd):
+            os.close(fd)
 
 
 def _pool_table(figures: dict[str, list[tuple[float, float]]]) -> Table:
