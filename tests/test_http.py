@@ -551,6 +551,10 @@ def test_a_field_type_conflict_in_a_new_shard_has_a_cause_of_its_own(stub: Stub)
         ),
         (b"a\n\n# c\nb", "unable to parse 'a': missing fields\nunable to parse 'b': x", 2),
         (b"m f=1\nm f=2", "partial write: points beyond retention policy dropped=2", 2),
+        # Then it says nothing of lines that it cannot read.
+        (b"m f=1\nbad\n# c\nm f=2\nm f=x", "partial write: points beyond dropped=1", 3),
+        (b'm f=1\nm g="\nbad\n"\nm f=2', "partial write: points beyond dropped=1", 1),
+        (b"m f=1\nm,t=1,t=2 f=3", "partial write: points beyond dropped=1", 2),
         (
             b"m dropped=7,x\nm f=1",
             "partial write: unable to parse 'm dropped=7,x': missing field value dropped=0",

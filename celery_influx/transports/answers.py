@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from celery_influx.errors import SendError
-from celery_influx.line_reader import split_lines
+from celery_influx.line_reader import split_lines, unreadable
 from celery_influx.queries import parse_json
 from celery_influx.transports.bounded import LONGEST, TooSlowError, allow
 
@@ -212,7 +212,8 @@ def rejected_lines(words: str, payload: bytes) -> int:
     reason = words.removeprefix("partial write: ")
     if not reason.startswith(_UNPARSABLE):
         dropped = _DROPPED.search(words) if partial else None
-        return int(dropped[1]) if dropped else 0
+        # It says nothing then of lines that it could not read.
+        return int(dropped[1]) + unreadable(payload) if dropped else 0
     sent = [line.decode("utf-8", "replace") for line in split_lines(payload)]
     if not partial:
         return len(sent)

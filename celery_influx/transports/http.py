@@ -136,9 +136,9 @@ class HTTPClient:
     def write(self, *payloads: bytes) -> int:
         """Send lines; the number of them that the server says it rejected, the rest being stored.
 
-        ``rejection`` then holds the server's words, 500 characters of them at most. InfluxDB
-        does not count unparsable lines that come together with lines refused for another
-        reason, a field's type for instance.
+        ``rejection`` then holds the server's words, 500 characters of them at most. Of lines that
+        it cannot read InfluxDB says nothing where others are refused for another reason, a field's
+        type for instance: such are counted here.
 
         Raises:
             SendError: Nothing arrived, or nothing was stored. ``cause`` is the HTTP status, or

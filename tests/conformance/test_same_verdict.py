@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from celery_influx.line_protocol import encode
-from celery_influx.line_reader import decode, parse
+from celery_influx.line_reader import decode, parse, unreadable
 from celery_influx.listener import Listener
 from celery_influx.point import Point
 from tests.conformance.hostile import Hostile
@@ -377,17 +377,37 @@ def same_of_a_datagram(
     assert settled(theirs, unit) == settled(listener.points(), unit)
 
 
+def broken(hostile: Hostile, number: int, breaks: int) -> str:
+    """A line broken in so many places; every second one never was whole."""
+    pieces = ["m", ",", "=", " ", "\\", '"', "1", "i", "t", "\n", "\t", "\0", "#", "-", ".", "e"]
+    line = f'm{number},a={hostile.mild()} f=1,g="x y" 1' if number % 2 else ""
+    for _ in range(breaks if line else 12):
+        place = hostile.below(len(line) + 1)
+        line = line[:place] + str(hostile.one_of(pieces)) + line[place:]
+    return line
+
+
+def test_as_many_lines_cannot_be_read_at_a_glance_as_when_they_are_read() -> None:
+    hostile = Hostile(4)
+    whole = 0
+    for number in range(6_000):
+        body = "\n".join(broken(hostile, number, breaks) for breaks in range(number % 3)).encode()
+
+        found = unreadable(body)
+
+        reasons = parse(body)[1]
+        assert found == sum(why.startswith("unable to parse") for why in reasons), body
+        whole += body != b"" and not reasons
+    assert 500 < whole < 5_000
+
+
 def test_random_lines_are_read_as_influxd_reads_them(influxd: Influxd, database: str) -> None:
     """Lines broken at random, each sent on its own, and one good line after it."""
     hostile = Hostile(3)
     session = requests.Session()
-    pieces = ["m", ",", "=", " ", "\\", '"', "1", "i", "t", "\n", "\t", "\0", "#", "-", ".", "e"]
     with Listener() as listener:
         for number in range(800):
-            line = f'm{number},a={hostile.mild()} f=1,g="x y" 1' if number % 2 else ""
-            for _ in range(4 if line else 12):
-                place = hostile.below(len(line) + 1)
-                line = line[:place] + str(hostile.one_of(pieces)) + line[place:]
+            line = broken(hostile, number, 4)
             body = f"{line}\nz{number} f=1 1".encode()
             if any("slice bounds" in reason for reason in parse(body)[1]):
                 continue  # would end influxd

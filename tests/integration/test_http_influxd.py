@@ -151,6 +151,19 @@ def test_a_point_of_another_type_is_counted(client: HTTPClient) -> None:
     assert client.query("SELECT f FROM m").series[0].values == [[1, 1], [3, 2]]
 
 
+def test_lines_that_cannot_be_read_are_counted_beside_a_point_of_another_type(
+    client: HTTPClient,
+) -> None:
+    client.write(b"m f=1 1")
+    lines = [b"m f=%d %d" % (number, number) for number in range(2, 12)]
+    lines[2], lines[5], lines[9] = b"bad line", b'm f="x" 7', b"worse"
+
+    assert client.write(b"\n".join(lines)) == 3
+    # influxd's own number is that of the other type alone.
+    assert str(client.rejection).endswith("already exists as type float dropped=1")
+    assert client.query("SELECT count(f) FROM m").series[0].values == [[0, 1 + 7]]
+
+
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
