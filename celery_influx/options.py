@@ -453,6 +453,22 @@ def load(settings: Mapping[str, Any]) -> Options:
     return Options(**values)
 
 
+def part_urls(databases: object) -> None:
+    """In ``influx_databases``: have each URL with a secret be the mapping that it stands for.
+
+    Celery masks what is under such a key when it prints the configuration, for `celery inspect`
+    too, and leaves a URL as it is.
+    """
+    if not isinstance(databases, dict):
+        return
+    by_key = {field.name: field for field in _option_fields(DatabaseOptions)}
+    for name, entry in databases.items():
+        if isinstance(entry, str):
+            given = _parse_url(entry, "", by_key, [])
+            if any(map(given.get, _SECRETS)):
+                databases[name] = given
+
+
 def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptions:
     where = f"influx_databases[{name!r}]"
     if not isinstance(name, str) or not name:

@@ -26,7 +26,7 @@ from celery_influx.database import Database, close_all
 from celery_influx.errors import INTERRUPTS, ConfigError
 from celery_influx.field_types import TypeTable
 from celery_influx.measurements import CELERY_TASK
-from celery_influx.options import Options, load
+from celery_influx.options import Options, load, part_urls
 from celery_influx.relay import Relay
 from celery_influx.runs import Runs, start_frame, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
@@ -130,7 +130,10 @@ class Influx:
     def options(self) -> Options:
         """The configuration, checked."""
         with forks_wait():  # or what Celery locks for it would stay locked in the child
-            return load(_settings(self._app))
+            settings = _settings(self._app)
+            options = load(settings)
+            part_urls(settings.get("influx_databases"))
+            return options
 
     def __getitem__(self, name: str) -> Database:
         databases = self._open()

@@ -11,10 +11,12 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
 from celery import Celery
+from celery.worker import control
 
 import celery_influx
 from celery_influx.bootstep import _probe
@@ -317,15 +319,25 @@ def test_nothing_that_a_worker_tells_shows_a_secret(caplog: pytest.LogCaptureFix
         "file": {"token_file": "hunter2"},
     }
     app.conf.influx_databases = {
-        name: {"transport": "http", "host": "127.0.0.1", "http_port": 9, **given}
-        for name, given in places.items()
+        **{
+            name: {"transport": "http", "host": "127.0.0.1", "http_port": 9, **given}
+            for name, given in places.items()
+        },
+        "url": "http://u:hunter2@127.0.0.1:9/x",
+        "query": "http://127.0.0.1:9/x?token=hunter2&gzip=true",
+        "open": "http://127.0.0.1:9/x?gzip=true",
     }
     influx = celery_influx.install(app)
+    options = influx.options
     shown = [repr(influx), repr(influx.options), repr(influx.stats())]
     for database in influx:
         shown += [repr(database), repr(database.options), database.address]
         _probe(database)
 
-    assert len(caplog.messages) == len(places)
-    shown += [*caplog.messages, app.bugreport(), repr(app.conf.table(with_defaults=False))]
+    assert len(caplog.messages) == len(influx.options.databases)
+    told = control.conf(SimpleNamespace(app=app))  # `celery inspect conf`
+    shown += [*caplog.messages, app.bugreport(), json.dumps(told)]
     assert "hunter2" not in "\n".join(shown)
+    # As it was given, where it has none; and all means what it did.
+    assert told["influx_databases"]["open"] == "http://127.0.0.1:9/x?gzip=true"
+    assert celery_influx.Influx(app).options == options
