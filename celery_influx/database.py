@@ -158,15 +158,22 @@ class Database(_Way):
         if type(point) is Point:
             self._accept(point)
             return
-        if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable):
+        if not self._enabled:
+            return  # and an iterable is left as it is
+        try:
+            many = (
+                None if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable) else point
+            )
+        except Exception as error:  # noqa: BLE001 - a proxy asks its function what it is
+            self._reject(error)
+            return
+        if many is None:
             self._send_one(point)
             return
-        if not self._enabled:
-            return  # and the iterable is left as it is
         points: Iterator[object] | None = None
         while True:
             try:
-                points = iter(point) if points is None else points
+                points = iter(many) if points is None else points
                 each = next(points)
             except StopIteration:
                 return

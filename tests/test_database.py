@@ -303,6 +303,14 @@ class Iterates:
         raise RuntimeError("not to be iterated")
 
 
+class Unbound:
+    """As a lazy object or a proxy, such as Celery's, whose function raises."""
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no object")
+
+
 def failing_generator() -> Iterator[Point]:
     yield Point("m", {"good": 1})
     raise RuntimeError("in the middle")
@@ -341,6 +349,7 @@ REFUSED: list[Callable[[], object]] = [
     RaisingMapping,
     lambda: Raises(RuntimeError("odd")),
     Iterates,
+    Unbound,
     lambda: {HostileKey("fields"): 1},
 ]
 

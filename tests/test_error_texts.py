@@ -53,7 +53,7 @@ from celery_influx.transports.tcp import TCPConnection
 from celery_influx.transports.udp import UDPPool
 from celery_influx.transports.unixgram import UnixDatagrams
 from tests.servers import free_port
-from tests.test_database import BadLine, HostileKey, Iterates, Raises, RaisingMapping
+from tests.test_database import BadLine, HostileKey, Iterates, Raises, RaisingMapping, Unbound
 from tests.test_http import SHORT, Stub, serving
 from tests.test_line_protocol import Word
 
@@ -239,6 +239,7 @@ POINTS = [
     sent(RaisingMapping(), f"the point cannot be read: RuntimeError('no keys'){PLAIN}"),
     sent(Raises(RuntimeError("odd")), f"the point cannot be read: RuntimeError('odd'){PLAIN}"),
     sent(Iterates(), f"the point cannot be read: RuntimeError('not to be iterated'){PLAIN}"),
+    sent(Unbound(), f"the point cannot be read: RuntimeError('no object'){PLAIN}"),
     sent(
         {HostileKey("fields"): 1},
         f"the point cannot be read: RuntimeError('not to be compared'){PLAIN}",
