@@ -392,7 +392,7 @@ typedef struct {
     PyObject *clock;         /* callable or None */
     PyObject *on_left_out;   /* callable or None */
     PyObject *encode;        /* the Python encoder */
-    PyObject *slow;          /* its slow way, for a point whose clock has been asked */
+    PyObject *slow;          /* its way for what is rare, for a point whose clock has been asked */
     PyObject *types;         /* FieldTypes' dict of measurement to field to type, or None */
     Stamps *stamps;          /* the clock, where it is one of these; else NULL */
     long long unit;

@@ -322,7 +322,7 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         return encode
     text = constant_text.encode()
     quick: Callable[[Point], bytes] = speedups.encoder(
-        constant, text, unit, clock, on_left_out, encode, slow, types and types.known
+        constant, text, unit, clock, on_left_out, encode, rare, types and types.known
     )
     return quick
 

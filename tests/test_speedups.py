@@ -16,10 +16,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from celery_influx import line_protocol
+from celery_influx.field_types import FieldTypes, TypeTable
 from celery_influx.line_protocol import Encoder, make_encode
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
@@ -304,6 +306,21 @@ def test_a_clock_is_asked_as_often_as_by_python() -> None:
                 made = str(error)
             asked.append((made, next(times)))
         assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize(
+    "first", [RuntimeError, True, 2**63], ids=["raises", "no time", "too late"]
+)
+def test_an_int_of_a_float_field_is_a_float_whatever_the_clock_gives(first: Any) -> None:
+    """Python and the extension ask it again, as often."""
+    made = []
+    for speedups in (None, _speedups):
+        clock = Mock(side_effect=[first, 7, 8])
+        types = FieldTypes(TypeTable(), refuse, refuse)
+        encode = make_encode({}, 1, clock, None, speedups, types)
+        encode(Point("m", {"f": 1.5}, None, 1))
+        made.append((encode(Point("m", {"f": 3})), clock.call_count))
+    assert made == [(b"m f=3.0 8", 3)] * 2
 
 
 def test_a_value_that_is_no_plain_one_runs_python_with_nothing_begun() -> None:
