@@ -177,12 +177,19 @@ static void fill_treatments(void)
     treatment[VALUE]['"'] = treatment[VALUE]['\\'] = ESCAPED;
 }
 
+/* Whether it is an empty str. What is not ready, as old extensions make it up to Python 3.11, has
+no length yet, and is no such one. */
+static int is_empty(PyObject *text)
+{
+    return PyUnicode_GET_LENGTH(text) == 0 && PyUnicode_IS_READY(text);
+}
+
 /* A str in UTF-8. Empty names are the caller's business. */
 static int put_text(Line *line, PyObject *text, int what)
 {
     const unsigned char *treat = treatment[what];
     Py_ssize_t length = PyUnicode_GET_LENGTH(text);
-    if (length > MAX_LENGTH)
+    if (length > MAX_LENGTH || (length == 0 && !is_empty(text)))
         return RARE;
     if (PyUnicode_IS_COMPACT_ASCII(text)) {
         if (line_room(line, 2 * length))
@@ -477,7 +484,7 @@ static int put_tags(Encoder *self, Line *line, PyObject *tags)
         int came = put_name(self, line, key, TAG);
         if (came)
             return came;
-        if (value == Py_None || (PyUnicode_CheckExact(value) && !PyUnicode_GET_LENGTH(value))) {
+        if (value == Py_None || (PyUnicode_CheckExact(value) && is_empty(value))) {
             line->length = before;
             continue;
         }

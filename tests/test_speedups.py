@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import operator
@@ -374,6 +375,25 @@ def test_what_is_no_run_is_refused(place: int, wrong: object, error: type[Except
         _speedups.run_line(*arguments)
     with pytest.raises(TypeError):
         _speedups.run_line(*arguments[:5])
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python has no such str any more")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_str_of_an_old_extension_is_not_taken_for_an_empty_one() -> None:
+    """Filled in after it was made, as extensions could once do: not yet in the form that is read."""
+    make, text_of = ctypes.pythonapi.PyUnicode_FromUnicode, ctypes.pythonapi.PyUnicode_AsUnicode
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+    text_of.restype, text_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
+
+    def old(text: str) -> Any:
+        made = make(None, len(text))
+        ctypes.memmove(text_of(made), ctypes.create_unicode_buffer(text), 4 * len(text))
+        return made
+
+    encode = make_encode({}, 1, None, None, _speedups)
+    assert encode(Point("m", {"f": old("abc")}, None, 1)) == b'm f="abc" 1'
+    assert encode(Point("m", {"f": 1}, {"t": old("abc")}, 1)) == b"m,t=abc f=1i 1"
+    assert encode(Point(old("abc"), {old("f"): 1}, {old("t"): old("v")}, 1)) == b"abc,t=v f=1i 1"
 
 
 class Way:
