@@ -162,7 +162,11 @@ class Database(_Way):
             return  # and an iterable is left as it is
         try:
             many = (
-                None if isinstance(point, _NOT_MANY) or not isinstance(point, Iterable) else point
+                None
+                if isinstance(point, _NOT_MANY)
+                or not isinstance(point, Iterable)
+                or hasattr(point, "to_line_protocol")
+                else point
             )
         except Exception as error:  # noqa: BLE001 - a proxy asks its function what it is
             self._reject(error)

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 from unittest import mock
 
 import pytest
@@ -121,6 +121,15 @@ def client_point(precision: str) -> Any:
     return ClientPoint("m").tag("t", "v").field("f", 1).time(ticks, precision)
 
 
+class Measured(NamedTuple):
+    """To be iterated, as a pydantic model is, and yet one point."""
+
+    value: int
+
+    def to_line_protocol(self) -> str:
+        return f"m,t=v f={self.value}i {T0}"
+
+
 WHOLE = Point("m", {"f": 1}, {"t": "v"}, T0)
 FORMS: dict[str, Callable[[], object]] = {
     "a Point": lambda: WHOLE,
@@ -135,6 +144,7 @@ FORMS: dict[str, Callable[[], object]] = {
         f"influxdb-client's, {word}": partial(client_point, word)
         for word in ("ns", "us", "ms", "s")
     },
+    "a tuple with a line of its own": lambda: Measured(1),
     "a list": lambda: [WHOLE],
     "a tuple": lambda: (WHOLE,),
     "an iterator": lambda: iter([WHOLE]),
