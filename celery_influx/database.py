@@ -24,6 +24,7 @@ from celery_influx.errors import (
     FieldError,
     InfluxError,
     PointError,
+    show,
     show_caught,
 )
 from celery_influx.field_types import FieldTypes, TypeTable, server_types
@@ -738,7 +739,10 @@ def _from_mapping(given: Mapping[str, Any]) -> Point:
     if not _NEEDED <= frozenset(given) <= _ALLOWED:
         unknown = [key for key in given if key not in _KEYS]
         missing = [key for key in ("measurement", "fields") if key not in given]
-        wrong = [f"unknown key {key!r}" for key in unknown] + [f"no {key!r}" for key in missing]
+        wrong = [f"unknown key {show(key)}" for key in unknown[:10]]
+        if unknown[10:]:
+            wrong.append(f"{len(unknown) - 10} more of these")
+        wrong += [f"no {key!r}" for key in missing]
         raise PointError(
             f"a point that is a mapping has {', '.join(wrong)}; expected the keys "
             "'measurement', 'fields' and, where wanted, 'tags' and 'time'"

@@ -213,6 +213,16 @@ POINTS = [
         f"a point that is a mapping has unknown key 'field', no 'fields'{KEYS}",
     ),
     sent(
+        {"v" * 100_000: 1, "measurement": "m", "fields": F},
+        f"a point that is a mapping has unknown key {LONG}{KEYS}",
+    ),
+    sent(
+        {"measurement": "m", **{f"k{number}": 1 for number in range(1_000)}},
+        "a point that is a mapping has "
+        + "".join(f"unknown key 'k{number}', " for number in range(10))
+        + f"990 more of these, no 'fields'{KEYS}",
+    ),
+    sent(
         BadLine(""),
         "to_line_protocol() of BadLine gave nothing, which is a point without fields; InfluxDB "
         "stores only points with at least one field",
