@@ -146,7 +146,7 @@ class Delivery:
         self._head_due = 0.0
         self._took_others = False
         # By the first line of what an outage left of a search, and is on disk: how far that was.
-        self._searches: dict[bytes, tuple[int, int]] = {}
+        self._searches: dict[bytes, tuple[int, int, int]] = {}
         self._is_kept = False  # the batch is in the spool, whatever becomes of its attempt
         self._largest_taken = 0  # part of a batch that was too long, in lines
         # For each line of the batch that was found by halves: the cause, and the server's words.
@@ -410,10 +410,11 @@ class Delivery:
             if not self._on_disk(self._spool.append, lines):
                 return False
             self.spooled += len(lines)
-        if lines and self._parts.is_searched:
+        search = self._parts.search
+        if lines and search:
             if len(self._searches) >= self.MOST_SEARCHES:
                 self._searches.clear()  # the spool has dropped most of them
-            self._searches[lines[0]] = self._parts.requests, self._parts.too_long_in_a_row
+            self._searches[lines[0]] = search
         self._parts.clear()
         return True
 

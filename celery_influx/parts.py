@@ -29,14 +29,18 @@ class Parts:
         """Begin, or go on, with these."""
         self._parts.extend(lists)
 
-    def go_on(self, requests: int, too_long_in_a_row: int) -> None:
-        """What was added is left of a search that was so far when it ended."""
-        self.requests, self.too_long_in_a_row = requests, too_long_in_a_row
-
     @property
-    def is_searched(self) -> bool:
-        """Whether something was refused or too long."""
-        return bool(self.requests or self.too_long_in_a_row)
+    def search(self) -> tuple[int, int, int] | None:
+        """How far a search is, for ``go_on``; None where nothing was refused or too long."""
+        if not (self.requests or self.too_long_in_a_row):
+            return None
+        return len(self.first), self.requests, self.too_long_in_a_row
+
+    def go_on(self, length: int, requests: int, too_long_in_a_row: int) -> None:
+        """What was added is left of a search that was so far when it ended."""
+        lines = self._parts.popleft()  # whole, it would be refused again, and that would count
+        self._parts.extendleft(filter(None, (lines[length:], lines[:length])))
+        self.requests, self.too_long_in_a_row = requests, too_long_in_a_row
 
     @property
     def first(self) -> list[bytes]:

@@ -1234,6 +1234,28 @@ def test_outages_give_a_search_no_more_requests(scene, between: int, cause: str)
     assert found["errors_refused"] == 64
 
 
+def test_a_proxy_that_says_too_long_while_no_server_is_behind_it_loses_no_good_line(scene) -> None:
+    """It says so itself; all that is short enough waits for the server."""
+    back = scene(Server(failure("ECONNREFUSED")))
+    back.delivery.deliver(A_HUNDRED)
+    back.server.judge = lambda given: failure("413" if len(given) > 50 else "502")
+    waits = []
+    for _ in range(1_000):
+        waits.append(back.delivery.wait)
+        back.now += back.delivery.wait
+        back.go_on(1)
+        back.delivery.catch_up()
+    assert waits[-1] == 30
+
+    back.server.judge = lambda given: failure("413") if len(given) > 50 else 0
+    back.go_on()
+    back.now += back.delivery.wait
+    while back.delivery.catch_up():
+        back.go_on()
+    assert back.server.stored == A_HUNDRED
+    assert "rejected" not in back.counted()
+
+
 def test_always_means_before_the_first_attempt(scene, make) -> None:
     looks: list[list[bytes]] = []
 
@@ -1375,6 +1397,7 @@ def test_whatever_the_server_does_each_line_is_accounted_for(scene, seed: int) -
     wild.go_on()
     wild.now += 100
     while wild.delivery.catch_up():
+        wild.go_on()
         wild.now += 100
     found = wild.counted()
     settled = sum(found.get(name, 0) for name in ("sent", "dropped", "lost", "rejected"))
