@@ -148,7 +148,8 @@ class Delivery:
         # By the first line of what an outage left of a search, and is on disk: how far that was.
         self._searches: dict[bytes, tuple[int, int, int]] = {}
         self._is_kept = False  # the batch is in the spool, whatever becomes of its attempt
-        self._largest_taken = 0  # part of a batch that was too long, in lines
+        # Part of a batch that was too long, in lines; None: no such batch is in hand.
+        self._largest_taken: int | None = None
         # For each line of the batch that was found by halves: the cause, and the server's words.
         # Not the errors: each would keep the frames that it came through, and the answers in them.
         self._refused: list[tuple[str, str]] = []
@@ -291,8 +292,8 @@ class Delivery:
     def _done(self) -> None:
         """Nothing of the batch is left, here or in the spool."""
         self._say_refused()
-        if self._largest_taken:
-            self.most_lines, self._largest_taken = self._largest_taken, 0
+        # If nothing of it was taken, as where an outage began, nothing is known.
+        self.most_lines, self._largest_taken = self._largest_taken or self.most_lines, None
         if self._spool and self._is_head:
             self._is_head = False
             self._head.clear()
@@ -302,7 +303,7 @@ class Delivery:
 
     def _learn_length(self, taken: int) -> None:
         """How many lines the server takes at once, by what it took: one long line tells nothing."""
-        if self._largest_taken:
+        if self._largest_taken is not None:
             self._largest_taken = max(self._largest_taken, taken)
         elif taken >= self.most_lines:
             self.most_lines += taken // 64 + 1  # it may take more by now
@@ -445,7 +446,7 @@ class Delivery:
             self._reject(1)
             self._refused.append((error.cause, self._refusal))
         elif too_long:
-            self._largest_taken = self._largest_taken or 1
+            self._largest_taken = self._largest_taken or 0
 
     def _say_refused(self) -> None:
         """Name the lines of the batch that were found by halves."""

@@ -1256,6 +1256,23 @@ def test_a_proxy_that_says_too_long_while_no_server_is_behind_it_loses_no_good_l
     assert "rejected" not in back.counted()
 
 
+def test_of_a_batch_too_long_of_which_an_outage_left_all_no_length_is_learned(scene) -> None:
+    """Each line would be a batch, and what comes in the outage as many requests after it."""
+    back = scene(Server())
+    back.server.answers = [failure("413"), failure("502")]
+    back.delivery.deliver(A_HUNDRED)
+    back.delivery.retry()
+    assert back.delivery.is_behind
+    assert back.delivery.most_lines >= 100
+
+    back.now += back.delivery.wait
+    back.server.judge = lambda given: failure("413") if len(given) > 30 else 0
+    while back.delivery.catch_up():
+        back.go_on()
+    assert back.server.stored == A_HUNDRED
+    assert 15 <= back.delivery.most_lines <= 30
+
+
 def test_always_means_before_the_first_attempt(scene, make) -> None:
     looks: list[list[bytes]] = []
 
