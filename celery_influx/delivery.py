@@ -389,12 +389,12 @@ class Delivery:
         self._answered()
         if self._head_failures >= self._retry_tries:
             self._give_up_on(error, f" after {self._head_failures} attempts")
-            return
-        self._head_due = self._clock() + delay
+        else:
+            self._head_due = self._clock() + delay
+            self._say_again(error, self.held, delay, "others are taken")
+            self._put_aside()
         if error.retry_after is not None:  # the server's wish is for all
-            self._due, self._asked_to_wait = self._head_due, True
-        self._say_again(error, self.held, delay, "others are taken")
-        self._put_aside()
+            self._due, self._asked_to_wait = self._clock() + delay, True
 
     def _put_aside(self) -> bool:
         """Have what is left of the batch in the spool, and not here; whether it is."""

@@ -1094,6 +1094,24 @@ def test_a_wish_to_wait_that_meets_the_oldest_batch_on_disk_is_one_for_all(scene
     assert busy.server.stored == [b"live", b"newer", b"old", b"new"]
 
 
+def test_a_wish_to_wait_is_obeyed_though_the_batch_it_meets_is_lost(scene) -> None:
+    busy = scene(Server(failure("ECONNREFUSED")), tries=1)
+    busy.delivery.deliver([b"old"])
+    busy.now += busy.delivery.wait
+    busy.delivery.deliver([b"live"])
+    busy.server.answers = [failure("503", 60.0)]
+    assert busy.delivery.catch_up()
+    assert busy.counted()["lost"] == 1
+
+    busy.delivery.deliver([b"new"])
+    assert busy.server.stored == [b"live"]
+    busy.now += 59
+    assert busy.delivery.wait == 1
+    busy.now += 1
+    assert busy.delivery.catch_up()
+    assert busy.server.stored == [b"live", b"new"]
+
+
 def test_a_batch_is_not_lost_for_the_failures_of_one_that_was_dropped(scene, caplog) -> None:
     full = scene(Server(failure("ECONNREFUSED")), tries=2)
     full.delivery.deliver([b"bad"])
