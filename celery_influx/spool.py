@@ -160,6 +160,7 @@ class Spool:
                 return
             self._say_who_shares_it()
             self._own = self._begin()
+            self._owners.append(self._own)
             self._say_what_is_not_sent()
 
     def _say_who_shares_it(self) -> None:
@@ -204,14 +205,14 @@ class Spool:
                 # what is here to be sent.
                 with contextlib.suppress(OSError):
                     os.pwrite(lock, b" " * 300 + b"\n", 0)
-                self._owners.append(_Owner(path, lock))
-                return self._owners[-1]
+                return _Owner(path, lock)
 
     def _begin_anew_if_removed(self) -> None:
         """Somebody has removed our files: what is gone is lost, and what is there, another's."""
         files = (self._own.lock, self._out, self._hand)
         if all(os.fstat(file).st_nlink for file in files if file is not None):
             return
+        own = self._begin()  # before all else: where that fails it is tried again, the next time
         self._close_segment()
         hand, self._hand = self._hand, None
         if hand is not None:
@@ -222,11 +223,11 @@ class Spool:
         self._count_removed(gone)
         for owner in self._owners:
             owner.release(is_done=False)
-        self._owners.clear()
+        self._owners = [own]
         self._segments.clear()
         self._read = None
         self.bytes = self.lines = 0
-        self._own = self._begin()
+        self._own = own
 
     def _count_removed(self, gone: int) -> None:
         self._counters[LOST] += gone

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -418,6 +419,22 @@ def test_files_that_somebody_removes_are_made_again(make, caplog, what: str) -> 
     assert one.all() == [batch(1)] if what != "lock" else [batch(0), batch(1)]
     assert one.counted().get("lost", 0) == (0 if what == "lock" else 3)
     assert "were removed while in use" in caplog.text
+
+
+def test_files_that_cannot_be_made_again_at_first_are_made_as_soon_as_they_can_be(make) -> None:
+    one = make()
+    one.spool.append(batch(0))
+    shutil.rmtree(one.spool.folder)
+    one.spool.folder.write_text("in the way")
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            one.spool.append(batch(1))
+
+    one.spool.folder.unlink()
+    one.spool.append(batch(2))
+
+    assert one.all() == [batch(2)]
+    assert one.counted() == {"spooled": 6, "lost": 3}
 
 
 def test_a_batch_is_held_in_a_file_that_is_there_whatever_somebody_removes(make) -> None:
