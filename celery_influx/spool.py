@@ -73,6 +73,10 @@ class _Owner:
             _remove(self.path)
         else:
             _left.add((os.getpid(), self.path))
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Let others have it."""
         os.close(self.lock)
         _ours.pop((os.getpid(), self.path), None)  # not before: this would end another's lock
 
@@ -491,17 +495,25 @@ class Spool:
     def _adopt_from(self, path: Path) -> None:
         try:
             lock = _locked(path)
-            if lock is None:
-                return
-            owner = _Owner(path, lock)
-            # Only now: until it was ours, another may have removed some.
-            found = [
-                _Segment(segment, owner, _size(segment))
-                for segment in sorted(self.folder.glob(f"{path.stem}.*{_SEGMENT}"))
-            ]
         except OSError as error:
             self._warn_of(error)
             return
+        if lock is None:
+            return
+        owner = _Owner(path, lock)
+        try:
+            # Only now: until it was ours, another may have removed some. By what raises where the
+            # folder cannot be read, unlike `glob`: that would be no segments.
+            files = [each for each in self.folder.iterdir() if each.suffix == _SEGMENT]
+        except OSError as error:
+            owner.unlock()  # for the next look
+            self._warn_of(error)
+            return
+        found = [
+            _Segment(file, owner, _size(file))
+            for file in sorted(files)
+            if file.name.startswith(f"{path.stem}.")
+        ]
         if found:
             self._owners.append(owner)
             # Before our own, which are younger; after those that were adopted before.

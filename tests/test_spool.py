@@ -816,6 +816,32 @@ def open_in(folder: Path) -> list[Path]:
     return [link for link in links if link.is_symlink() and link.readlink().parent == folder]
 
 
+def test_who_has_no_file_left_to_look_what_the_dead_left_adopts_it_later(make) -> None:
+    dead = make()
+    dead.spool.append(batch(0))
+    dead.spool.close()
+    for path in dead.spool.folder.iterdir():
+        path.rename(path.with_name(f"0-1.{path.name.partition('.')[2]}"))  # of another process
+    one = make()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(taken.pop())  # one is left, for the lock
+        assert one.spool.head() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for each in taken:
+            os.close(each)
+
+    one.now += 31
+    assert one.all() == [batch(0)]
+    assert one.counted() == {"adopted": 3}
+
+
 def test_of_two_threads_that_look_at_once_one_adopts(make, monkeypatch) -> None:
     dead = make()
     dead.spool.append(batch(0))
