@@ -241,7 +241,8 @@ class Delivery:
             if not (self._spool and self.wait and self._put_aside()):
                 if self._spool and self._spool_first:
                     self._on_disk(self._spool.hold, self._parts.lines())
-                self.retry()
+                if not self.wait:  # else it is held, for there is no room on disk
+                    self.retry()
             return
         try:
             self._write(*lists)

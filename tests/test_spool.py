@@ -1411,6 +1411,18 @@ def test_a_disk_that_takes_nothing_leaves_it_as_it_is_without_a_spool(scene, cap
     assert "metrics: the spool fails: [Errno 27]" in caplog.text
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_wish_to_wait_is_obeyed_on_a_full_disk(scene, first: bool) -> None:
+    full = scene(Server(failure("503", 60.0)), spool_first=first)
+    full.delivery.deliver(BATCH)
+    with no_file_longer_than(10):
+        full.delivery.deliver([b"next"])
+        assert len(full.server.payloads) == 1
+        assert full.delivery.held == 1
+        assert full.go_on() == [60]
+    assert full.server.stored == [b"next"]
+
+
 def test_who_begins_on_a_full_disk_sends_what_fills_it(make, scene) -> None:
     for number in range(2):
         one = make()
