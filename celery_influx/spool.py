@@ -43,7 +43,7 @@ _SHARED = re.compile(
 #: descriptors of a file ends its lock of it. A forked child has none of its parent's.
 #: By whom they were claimed, before they are tried: two of its threads would both get a lock.
 _ours: dict[tuple[int, Path], object] = {}
-#: Those that it had, and whose segments it has counted: it may be who adopts them.
+#: The segments that it left and had counted: it may be who adopts them.
 _left: set[tuple[int, Path]] = set()
 
 
@@ -71,12 +71,6 @@ class _Owner:
         """Let others have it; or, if all of it was sent, remove it."""
         if is_done:
             _remove(self.path)
-        else:
-            _left.add((os.getpid(), self.path))
-        self.unlock()
-
-    def unlock(self) -> None:
-        """Let others have it."""
         os.close(self.lock)
         _ours.pop((os.getpid(), self.path), None)  # not before: this would end another's lock
 
@@ -225,6 +219,7 @@ class Spool:
         if self._read and not self._read[0].path.exists():
             gone += sum(count for *_, count in self._read[2])
         self._count_removed(gone)
+        self._note_what_is_counted()
         for owner in self._owners:
             owner.release(is_done=False)
         self._owners = [own]
@@ -232,6 +227,14 @@ class Spool:
         self._read = None
         self.bytes = self.lines = 0
         self._own = own
+
+    def _note_what_is_counted(self) -> None:
+        """Of what is left for the next who comes."""
+        left = [*self._segments, *([self._read[0]] if self._read else [])]
+        counted = [segment.path for segment in left if segment.lines is not None]
+        for path in (*counted, self._path(_HAND)):
+            if path.exists():
+                _left.add((os.getpid(), path))
 
     def _count_removed(self, gone: int) -> None:
         self._counters[LOST] += gone
@@ -449,7 +452,7 @@ class Spool:
             )
         lines = sum(count for *_, count in found)
         if segment.lines is None:
-            if (os.getpid(), segment.owner.path) not in _left:
+            if (os.getpid(), segment.path) not in _left:
                 self._counters[ADOPTED] += lines
             self.lines += lines
         else:
@@ -506,7 +509,7 @@ class Spool:
             # folder cannot be read, unlike `glob`: that would be no segments.
             files = [each for each in self.folder.iterdir() if each.suffix == _SEGMENT]
         except OSError as error:
-            owner.unlock()  # for the next look
+            owner.release(is_done=False)  # for the next look
             self._warn_of(error)
             return
         found = [
@@ -550,6 +553,8 @@ class Spool:
                 os.close(hand)
                 if is_empty:
                     _remove(self._path(_HAND))
+            if self._owners:
+                self._note_what_is_counted()
             waiting = [*self._segments, *([self._read[0]] if self._read else [])]
             for owner in self._owners:
                 is_own = owner is self._own and not self._path(_HAND).exists()

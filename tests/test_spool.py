@@ -816,6 +816,27 @@ def open_in(folder: Path) -> list[Path]:
     return [link for link in links if link.is_symlink() and link.readlink().parent == folder]
 
 
+def test_what_was_adopted_and_not_read_before_the_spool_was_closed_is_counted_by_who_does(
+    make,
+) -> None:
+    dead = make()
+    dead.spool.SEGMENT = 1
+    for number in range(2):
+        dead.spool.append(batch(number))
+    dead.spool.close()
+    for path in dead.spool.folder.iterdir():
+        path.rename(path.with_name(f"0-1.{path.name.partition('.')[2]}"))  # of another process
+    one = make()
+    assert one.spool.head() == batch(0)
+    one.spool.close()
+
+    two = make()
+    assert two.all() == [batch(0), batch(1)]
+
+    assert one.counted() == {"adopted": 3}
+    assert two.counted() == {"adopted": 3}
+
+
 def test_who_has_no_file_left_to_look_what_the_dead_left_adopts_it_later(make) -> None:
     dead = make()
     dead.spool.append(batch(0))
