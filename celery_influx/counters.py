@@ -15,7 +15,7 @@ COUNTERS = {
     "points": "handed to `send_data`, or made by the plugin itself",
     "sent": "handed to the kernel (UDP, TCP, `unixgram`) or taken by the server (HTTP)",
     "dropped": "left the buffer, the pipe or the spool unsent, since it was full or time ran out",
-    "lost": "sent or tried, and given up",
+    "lost": "sent or tried, and given up; or gone from the spool",
     "rejected": "refused by the encoder, too long for the transport, or refused by the server",
     "errors": "failed attempts to send",
     "payloads": "datagrams, requests or, over TCP, batches that went out",
