@@ -357,11 +357,13 @@ class Delivery:
         count, delay = self.held, self._delay(fate, error.retry_after)
         if not self._spool and self._answers >= self._retry_tries:
             self._give_up_on(error, f" after {self._answers} attempts")
+            self._obey(error, delay)
             return
         if self._put_aside():
             where = "and all that follow are in the spool"
         elif age >= self._retry_age:
             self._give_up_on(error, f" after {age:.0f} s" if age else "")
+            self._obey(error, delay)
             return
         else:
             # Where the server asks for longer than that, it is asked once more at the end.
@@ -394,7 +396,11 @@ class Delivery:
             self._head_due = self._clock() + delay
             self._say_again(error, self.held, delay, "others are taken")
             self._put_aside()
-        if error.retry_after is not None:  # the server's wish is for all
+        self._obey(error, delay)
+
+    def _obey(self, error: SendError, delay: float) -> None:
+        """The server's wish is for all batches, whatever becomes of the one that it met."""
+        if error.retry_after is not None:
             self._due, self._asked_to_wait = self._clock() + delay, True
 
     def _put_aside(self) -> bool:

@@ -402,6 +402,19 @@ def test_what_a_server_answers_again_and_again_is_lost(caplog: pytest.LogCapture
     assert caplog.messages[-1] == "metrics: it said 500; mend it so; 3 lines lost after 4 attempts"
 
 
+@pytest.mark.parametrize("given", [{"tries": 1}, {"age": 0}], ids=str)
+def test_the_servers_wish_is_obeyed_by_the_batch_after_one_that_is_lost(given: dict) -> None:
+    scene = Scene(Server(failure("503", 90.0)), **given)
+    scene.delivery.deliver(BATCH)
+    assert scene.counted()["lost"] == 3
+    scene.delivery.deliver([b"next"])
+    scene.delivery.hurry(at_once=True)
+
+    assert scene.delivery.wait == 90.0
+    assert scene.go_on() == [90.0]
+    assert scene.server.stored == [b"next"]
+
+
 def test_one_long_line_does_not_shorten_all_later_batches_for_good() -> None:
     scene = Scene(Server())
     scene.server.judge = lambda lines: failure("413") if b"long" in lines else 0
