@@ -371,6 +371,7 @@ def test_the_thread_lives_on(hostile: Hostile) -> None:
     report = Report(logging.getLogger("tests.hostile"))
     buffer, row = make_buffer(100_000, 10_000_000), counters.row(0)
     delivery = Delivery("metrics", HTTPClient(options(hostile, "1")), row, report)
+    delivery.LONGEST_WISH = 0.01  # a wish to wait for an hour would be obeyed
     batcher = Batcher("metrics", buffer, delivery, row, report, batch_size=10, flush_interval=3_600)
     for number in range(500):
         buffer.put([b"m n=%di" % number])
