@@ -162,23 +162,21 @@ class Database(_Way):
         if not self._enabled:
             return  # and an iterable is left as it is
         try:
-            many = (
+            points: Iterator[object] | None = (
                 None
                 if isinstance(point, _NOT_MANY)
                 or not isinstance(point, Iterable)
                 or hasattr(point, "to_line_protocol")
-                else point
+                else iter(point)
             )
         except Exception as error:  # noqa: BLE001 - a proxy asks its function what it is
             self._reject(error)
             return
-        if many is None:
+        if points is None:
             self._send_one(point)
             return
-        points: Iterator[object] | None = None
         while True:
             try:
-                points = iter(many) if points is None else points
                 each = next(points)
             except StopIteration:
                 return
@@ -189,8 +187,6 @@ class Database(_Way):
 
     def _send_one(self, given: object) -> None:
         """What stands for one point."""
-        if not self._enabled:
-            return
         try:
             point = given if type(given) is Point else _as_point(given)
         except Exception as error:  # noqa: BLE001 - as above

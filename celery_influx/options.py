@@ -461,7 +461,7 @@ def part_urls(databases: object) -> None:
     """
     if not isinstance(databases, dict):
         return
-    by_key = {field.name: field for field in _option_fields(DatabaseOptions)}
+    by_key = _options_of(DatabaseOptions)
     for name, entry in databases.items():
         if isinstance(entry, str):
             given = _parse_url(entry, "", by_key, [])
@@ -475,7 +475,7 @@ def _database(name: object, entry: object, mistakes: list[str]) -> DatabaseOptio
         mistakes.append(f"{where}: expected a name that is a string, got {name!r}")
         return DatabaseOptions()
     given: Mapping[str, object]
-    by_key = {field.name: field for field in _option_fields(DatabaseOptions)}
+    by_key = _options_of(DatabaseOptions)
     if isinstance(entry, str):
         given = _parse_url(entry, where, by_key, mistakes)
     elif isinstance(entry, Mapping):
@@ -743,9 +743,9 @@ def expectation(field: dataclasses.Field[Any]) -> str:
     return f"{text} or None" if rule["optional"] else text
 
 
-def _option_fields(cls: type) -> list[dataclasses.Field[Any]]:
-    """The fields of ``cls`` that were declared by ``option``."""
-    return [field for field in dataclasses.fields(cls) if field.metadata]
+def _options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of ``cls`` that were declared by ``option``, by name."""
+    return {field.name: field for field in dataclasses.fields(cls) if field.metadata}
 
 
 def _did_you_mean(word: object, known: Mapping[str, object]) -> str:

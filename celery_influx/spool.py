@@ -228,10 +228,13 @@ class Spool:
         self.bytes = self.lines = 0
         self._own = own
 
+    def _unsent(self) -> list[_Segment]:
+        """The segments of which something is left."""
+        return [*self._segments, *([self._read[0]] if self._read else [])]
+
     def _note_what_is_counted(self) -> None:
         """Of what is left for the next who comes."""
-        left = [*self._segments, *([self._read[0]] if self._read else [])]
-        counted = [segment.path for segment in left if segment.lines is not None]
+        counted = [segment.path for segment in self._unsent() if segment.lines is not None]
         for path in (*counted, self._path(_HAND)):
             if path.exists():
                 _left.add((os.getpid(), path))
@@ -507,16 +510,16 @@ class Spool:
         try:
             # Only now: until it was ours, another may have removed some. By what raises where the
             # folder cannot be read, unlike `glob`: that would be no segments.
-            files = [each for each in self.folder.iterdir() if each.suffix == _SEGMENT]
+            files = [
+                each
+                for each in self.folder.iterdir()
+                if each.name.startswith(f"{path.stem}.") and each.suffix == _SEGMENT
+            ]
         except OSError as error:
             owner.release(is_done=False)  # for the next look
             self._warn_of(error)
             return
-        found = [
-            _Segment(file, owner, _size(file))
-            for file in sorted(files)
-            if file.name.startswith(f"{path.stem}.")
-        ]
+        found = [_Segment(file, owner, _size(file)) for file in sorted(files)]
         if found:
             self._owners.append(owner)
             # Before our own, which are younger; after those that were adopted before.
@@ -555,7 +558,7 @@ class Spool:
                     _remove(self._path(_HAND))
             if self._owners:
                 self._note_what_is_counted()
-            waiting = [*self._segments, *([self._read[0]] if self._read else [])]
+            waiting = self._unsent()
             for owner in self._owners:
                 is_own = owner is self._own and not self._path(_HAND).exists()
                 owner.release(

@@ -816,16 +816,20 @@ def open_in(folder: Path) -> list[Path]:
     return [link for link in links if link.is_symlink() and link.readlink().parent == folder]
 
 
-def test_what_was_adopted_and_not_read_before_the_spool_was_closed_is_counted_by_who_does(
-    make,
-) -> None:
-    dead = make()
+def left_by_another_process(dead: One, batches: int) -> None:
+    """Each in a segment of its own."""
     dead.spool.SEGMENT = 1
-    for number in range(2):
+    for number in range(batches):
         dead.spool.append(batch(number))
     dead.spool.close()
     for path in dead.spool.folder.iterdir():
-        path.rename(path.with_name(f"0-1.{path.name.partition('.')[2]}"))  # of another process
+        path.rename(path.with_name(f"0-1.{path.name.partition('.')[2]}"))
+
+
+def test_what_was_adopted_and_not_read_before_the_spool_was_closed_is_counted_by_who_does(
+    make,
+) -> None:
+    left_by_another_process(make(), 2)
     one = make()
     assert one.spool.head() == batch(0)
     one.spool.close()
@@ -838,11 +842,7 @@ def test_what_was_adopted_and_not_read_before_the_spool_was_closed_is_counted_by
 
 
 def test_who_has_no_file_left_to_look_what_the_dead_left_adopts_it_later(make) -> None:
-    dead = make()
-    dead.spool.append(batch(0))
-    dead.spool.close()
-    for path in dead.spool.folder.iterdir():
-        path.rename(path.with_name(f"0-1.{path.name.partition('.')[2]}"))  # of another process
+    left_by_another_process(make(), 1)
     one = make()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
@@ -1138,13 +1138,19 @@ def test_a_batch_that_alone_is_not_taken_is_lost_after_its_tries(scene, caplog, 
     assert "1 lines lost after 3 attempts" in caplog.text
 
 
-def test_a_wish_to_wait_that_meets_the_oldest_batch_on_disk_is_one_for_all(scene) -> None:
-    busy = scene(Server(failure("ECONNREFUSED")), tries=3)
+def asked_to_wait(scene, tries: int) -> Any:
+    """By the answer that the oldest batch on disk has, after a live one was taken."""
+    busy = scene(Server(failure("ECONNREFUSED")), tries=tries)
     busy.delivery.deliver([b"old"])
     busy.now += busy.delivery.wait
     busy.delivery.deliver([b"live"])
     busy.server.answers = [failure("503", 60.0)]
     assert busy.delivery.catch_up()
+    return busy
+
+
+def test_a_wish_to_wait_that_meets_the_oldest_batch_on_disk_is_one_for_all(scene) -> None:
+    busy = asked_to_wait(scene, tries=3)
 
     assert busy.delivery.wait == 60.0
     busy.delivery.hurry(at_once=True)
@@ -1159,12 +1165,7 @@ def test_a_wish_to_wait_that_meets_the_oldest_batch_on_disk_is_one_for_all(scene
 
 
 def test_a_wish_to_wait_is_obeyed_though_the_batch_it_meets_is_lost(scene) -> None:
-    busy = scene(Server(failure("ECONNREFUSED")), tries=1)
-    busy.delivery.deliver([b"old"])
-    busy.now += busy.delivery.wait
-    busy.delivery.deliver([b"live"])
-    busy.server.answers = [failure("503", 60.0)]
-    assert busy.delivery.catch_up()
+    busy = asked_to_wait(scene, tries=1)
     assert busy.counted()["lost"] == 1
 
     busy.delivery.deliver([b"new"])
