@@ -30,7 +30,6 @@ from opentelemetry.sdk.trace import TracerProvider
 import celery_influx.line_protocol
 from benchmarks.sink import Sink
 from benchmarks.table import Table, ratios, rotated, verdict
-from celery_influx import ordinary
 from celery_influx import signals as ours
 from tests.python_only import python_only
 
@@ -62,7 +61,7 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
         if celery_influx.line_protocol.implementation == "c":
             with python_only():
                 app = _plugged("python child", sink.port, stack, in_pool=True)
-            pools["celery_influx, Python only"] = (app, _connected_python)
+            pools["celery_influx, Python only"] = (app, _connected_python_in_pool)
         children = {name: _PoolChild(*pool) for name, pool in pools.items()}
         for child in children.values():
             stack.callback(child.stop)
@@ -99,6 +98,7 @@ def _plugged(name: str, port: int, stack: ExitStack, *, in_pool: bool = False) -
     app = _app(name)
     app.conf.influx_databases = {"metrics": f"udp://127.0.0.1:{port}"}
     influx = celery_influx.install(app)
+    ours.shorten()
     signals.task_postrun.disconnect(dispatch_uid="celery_influx.on_task_end")
     if in_pool:
         influx.start_worker(HOST, "prefork")
@@ -115,10 +115,11 @@ def _nothing() -> Iterator[None]:
 @contextmanager
 def _connect(*pairs: tuple[Any, Callable[..., None]]) -> Iterator[None]:
     for sent, receiver in pairs:
-        sent.connect(receiver, weak=False, dispatch_uid=receiver)
+        sent.connect(receiver, weak=False, dispatch_uid=f"celery_influx.{receiver.__name__}")
+    ours._find_ours()
     yield
     for sent, receiver in pairs:
-        sent.disconnect(dispatch_uid=receiver)
+        sent.disconnect(dispatch_uid=f"celery_influx.{receiver.__name__}")
 
 
 def _connected() -> Any:
@@ -128,14 +129,15 @@ def _connected() -> Any:
 
 @contextmanager
 def _connected_python() -> Iterator[None]:
-    again = (signals.task_postrun, ours._on_end_again)  # as in a pool child
-    with python_only(), _connect((signals.task_postrun, _ENDED_BY_PYTHON), again):
+    with python_only(), _connected():
         yield
 
 
-_ENDED_BY_PYTHON = ordinary.task_end(
-    ours._runs, ours._on_end, ours._on_end_again, ours._ended.append
-)
+@contextmanager
+def _connected_python_in_pool() -> Iterator[None]:
+    again = signals.task_postrun, ours._on_end_again
+    with python_only(), _connect((signals.task_postrun, ours.on_task_end), again):
+        yield
 
 
 def _empty() -> Any:

@@ -39,6 +39,7 @@ class InfluxStep(bootsteps.StartStopStep):
         self.influx.start_worker(parent.hostname, pool)
         if pool in ("prefork", "spawn") and self.influx.records_tasks:
             our_signals.guard()
+        our_signals.shorten()
         tasks.register(parent.app, self.influx)
         if any(database.options.http_port for database in self.influx):
             http.load()  # else a thread would, in the middle of the work

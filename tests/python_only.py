@@ -22,6 +22,9 @@ _PARTS = {
     (ordinary, "quick_run_line"): run_line,
     (signals, "make_run"): Run,
     (signals, "quickest"): ordinary,
+    (signals, "on_task_end"): ordinary.task_end(
+        signals._runs, signals._on_end, signals._on_end_again, signals._ended.append
+    ),
 }
 
 

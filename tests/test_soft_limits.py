@@ -51,6 +51,7 @@ class Limit:
     def __init__(self, place: int) -> None:
         self._left = place
         self.has_come = False
+        self.function = ""  # in which it has come
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         each: FrameType | None = frame
@@ -59,7 +60,7 @@ class Limit:
         if each is None:
             return None
         frame.f_trace_opcodes = True
-        self._come()
+        self._come(frame)
         return self._within
 
     def _within(self, frame: FrameType, event: str, arg: object) -> Any:
@@ -67,13 +68,14 @@ class Limit:
         while before > 0 and dis.opname[code[before]] == "CACHE":
             before -= 2
         if event in ("line", "return") or dis.opname[code[max(before, 0)]].startswith("CALL"):
-            self._come()
+            self._come(frame)
         return self._within
 
-    def _come(self) -> None:
+    def _come(self, frame: FrameType) -> None:
         self._left -= 1
         if self._left < 0 and not self.has_come:
             self.has_come = True
+            self.function = frame.f_code.co_name
             raise SoftTimeLimitExceeded
 
 
@@ -100,26 +102,31 @@ class Child:
         self.app.finalize()
         self.influx.start_worker("worker@host", "prefork")
         signals.guard()
+        signals.shorten()
         assert self.influx._worker
         assert self.influx._worker.relay
         self.relay: Relay = self.influx._worker.relay
 
-    def run(self, first: int = 0, most: int = 10_000) -> dict[int, bool]:
-        """Fork it; the numbers of its runs, and whether the task's body ran."""
+    def run(self, first: int = 0, most: int = 10_000) -> dict[int, bool | None]:
+        """Fork it; the numbers of its runs, and whether the task's body ran.
+
+        ``None``: it did, but Celery may take the run for a failure, since the limit came in what
+        its tracer calls in the place of its signal.
+        """
         self._notes.unlink(missing_ok=True)
         pid = fork(lambda: self._be_child(first, most))
         wait_for(self._notes.exists, 30, "the child's notes")
         if self.relay._reader is None:
             self.influx.start()
         assert exit_code(pid) == 0
-        notes: dict[str, bool] = json.loads(self._notes.read_text())
+        notes: dict[str, bool | None] = json.loads(self._notes.read_text())
         return {int(number): ran for number, ran in notes.items()}
 
     def _be_child(self, first: int, most: int) -> None:
         current_process().index = 0
         logging.disable()  # Celery's word on what a receiver raised
         trace = build_tracer("t", self.app.tasks["t"], app=self.app)
-        found: dict[int, bool] = {}
+        found: dict[int, bool | None] = {}
         for number in range(first, first + most):
             if self.at_once:  # so that there has been one of its queue
                 trace(str(number), (), {}, request_of(number, ordinary=True))
@@ -131,6 +138,8 @@ class Child:
             finally:
                 sys.settrace(None)
             found[number] = number in self._ran
+            if found[number] and limit.function == signals._send_postrun.__name__:
+                found[number] = None
             if not limit.has_come:
                 break
         unfinished = self._notes.with_suffix(".new")
@@ -181,6 +190,16 @@ def ends(points: list[Point]) -> dict[int, list[tuple[str, str | None]]]:
 EXPECTED = {True: [("SUCCESS", None)], False: [("FAILURE", "SoftTimeLimitExceeded")]}
 
 
+def expected(
+    runs: dict[int, bool | None], found: dict[int, list[tuple[str, str | None]]]
+) -> dict[int, list[tuple[str, str | None]]]:
+    """One end of each run. ``found`` decides where either is right."""
+    return {
+        number: EXPECTED[found.get(number) == EXPECTED[True] if ran is None else ran]
+        for number, ran in runs.items()
+    }
+
+
 def test_wherever_it_comes_the_run_has_one_point_and_the_task_its_limit(
     child: Child, receiver: Receiver
 ) -> None:
@@ -188,7 +207,7 @@ def test_wherever_it_comes_the_run_has_one_point_and_the_task_its_limit(
 
     assert child.influx.close(5)
     points = receiver.points("celery_task", at_least=len(runs))
-    assert ends(points) == {number: EXPECTED[ran] for number, ran in runs.items()}
+    assert ends(points) == expected(runs, ends(points))
     places = Counter(runs.values())  # before the task's body, and after it
     assert places[False] > 50
     assert places[True] > (1 if extension and child.mixed else 50)
@@ -204,8 +223,10 @@ def test_wherever_it_comes_so_has_an_ordinary_run(child: Child, receiver: Receiv
 
     assert child.influx.close(5)
     points = receiver.points("celery_task", at_least=2 * len(runs))
-    before = EXPECTED[True]
-    assert ends(points) == {number: before + EXPECTED[ran] for number, ran in runs.items()}
+    befores = [end for end, *_ in ends(points).values()]
+    assert befores == EXPECTED[True] * len(runs)
+    found = {number: found for number, (_, *found) in ends(points).items()}
+    assert found == expected(runs, found)
     places = Counter(runs.values())
     assert places[False] > 30
     assert places[True] > 30
@@ -215,14 +236,14 @@ def test_wherever_it_comes_so_has_an_ordinary_run(child: Child, receiver: Receiv
 
 
 def test_so_it_is_in_the_first_run_of_a_child(child: Child, receiver: Receiver) -> None:
-    runs: dict[int, bool] = {}
+    runs: dict[int, bool | None] = {}
     for first in range(0, 5_000, 401):
         runs.update(child.run(first, 1))
 
     assert child.influx.close(5)
     points = receiver.points("celery_task", at_least=len(runs))
-    assert ends(points) == {number: EXPECTED[ran] for number, ran in runs.items()}
-    assert len(Counter(runs.values())) == 2
+    assert ends(points) == expected(runs, ends(points))
+    assert {True, False} <= set(runs.values())
     assert child.influx.stats()["main"]["points"] == len(runs)
 
 
@@ -244,7 +265,7 @@ def test_wherever_it_comes_while_the_pipe_is_full_the_account_is_right(
     assert account["points"] == len(runs)
     assert account["dropped"] == len(runs) - kept > 100
     found = ends(receiver.points("celery_task", at_least=kept))
-    assert found == {number: EXPECTED[runs[number]] for number in found}
+    assert found == expected({number: runs[number] for number in found}, found)
     assert len(found) == kept > 3
 
 
