@@ -61,6 +61,7 @@ enum {
     HEADS,
     OWED,
     IMPATIENT,
+    PID,
     CALLED,
     TASK,
     TASK_ID,
@@ -90,6 +91,7 @@ static const char *const names[NAMES] = {
     [HEADS] = "heads",
     [OWED] = "_owed",
     [IMPATIENT] = "_impatient",
+    [PID] = "pid",
     [CALLED] = "name",
     [TASK] = "task",
     [TASK_ID] = "task_id",
@@ -1619,16 +1621,26 @@ static int is_open(PyObject *const *name, const Way *way)
     return open && survives(way->sender) == 1;
 }
 
+/* This process's, which the relay knows without asking the kernel; -1 with an exception set. */
+static long long pid_of(PyObject *const *name, const Way *way)
+{
+    PyObject *pid = get(way->relay, name[PID]);
+    long long found = pid == NULL ? -1 : PyLong_AsLongLong(pid);
+    Py_XDECREF(pid);
+    return found;
+}
+
 /* relay.py's `put_start` of runs.py's `start_frame`; whether it was written. */
 static int write_start(PyObject *const *name, const Way *way, PyObject *task, const Run *run)
 {
     PyObject *late = get(task, name[ACKS_LATE]);
     int goes_back = late == NULL ? -1 : PyObject_IsTrue(late);
     Py_XDECREF(late);
-    if (goes_back < 0 || !is_open(name, way))
+    long long pid = goes_back < 0 || !is_open(name, way) ? -1 : pid_of(name, way);
+    if (pid < 0)
         return 0;
     PyObject *start = Py_BuildValue(
-        "iOLOO", (int)getpid(), run->id, run->began, run->facts, goes_back ? Py_True : Py_False);
+        "LOLOO", pid, run->id, run->began, run->facts, goes_back ? Py_True : Py_False);
     PyObject *body = start == NULL ? NULL : PyMarshal_WriteObjectToString(start, Py_MARSHAL_VERSION);
     int written = body != NULL && write_frame(
                                       way->sender->pipe, START_FRAME, 0, "", 0,
@@ -1771,7 +1783,10 @@ static int quick_end(State *state, Run *run)
         Py_XDECREF(none);
     } else if (is_open(state->names, &way)) {
         char which[12];
-        little_endian(which, (uint64_t)getpid(), 4);
+        long long pid = pid_of(state->names, &way);
+        if (pid < 0)
+            goto done;
+        little_endian(which, (uint64_t)pid, 4);
         little_endian(which + 4, (uint64_t)run->began, 8);
         ended = write_frame(
             way.sender->pipe, END_FRAME, way.sender->database, which, sizeof which, line.text,

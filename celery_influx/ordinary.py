@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery, Task
 
+from celery_influx.runs import start_frame
 from celery_influx.task_points import quick_run_line
 from celery_influx.under_way import Run
 
@@ -77,8 +78,10 @@ def task_init(
                 run = Run(influx, task_id, (series, 0, wait, None, None), now)
                 run.request = request
                 runs[id(request)] = run
-                if influx.quick[1]:
-                    influx.start_run(run, goes_back=bool(task.acks_late))
+                relay = influx.quick[1]
+                if relay:
+                    late = bool(task.acks_late)
+                    relay.put_start(start_frame(relay.pid, task_id, now, run.facts, late))
                 run.cpu_clock = thread_time_ns()
                 run.clock = perf_counter_ns()
                 begun = True

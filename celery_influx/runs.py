@@ -23,12 +23,14 @@ logger = logging.getLogger(__name__)
 LOST = "WorkerLostError"
 
 
-def start_frame(run_id: str | None, began: int, facts: Facts, goes_back: bool) -> bytes:
+def start_frame(
+    pid: int, run_id: str | None, began: int, facts: Facts, goes_back: bool
+) -> bytes:
     """A child's word that a run starts: its task's id, the time in ns, and what its point has.
 
     ``goes_back``: if the worker ends before the run does, the queue gives it out again.
     """
-    return _packed((os.getpid(), run_id, began, facts, goes_back))
+    return _packed((pid, run_id, began, facts, goes_back))
 
 
 def verdict_frame(pid: int, run_id: str, state: str, exception: str | None, facts: Facts) -> bytes:
@@ -60,18 +62,11 @@ class _Run:
     died, as near as is known; in ns.
     """
 
-    __slots__ = (
-        "began",
-        "died",
-        "ended",
-        "facts",
-        "goes_back",
-        "id",
-        "pid",
-        "seen",
-        "stopped",
-        "verdict",
-    )
+    # Here, for they cost time where each run has its own.
+    ended = False
+    died = 0
+    stopped = 0
+    verdict: tuple[str, str | None] | None = None
 
     def __init__(self, pid: int, run_id: str, began: int, facts: Facts, goes_back: bool) -> None:
         self.pid = pid
@@ -80,10 +75,6 @@ class _Run:
         self.seen = time.time_ns()
         self.facts = facts
         self.goes_back = goes_back
-        self.ended = False
-        self.died = 0
-        self.stopped = 0
-        self.verdict: tuple[str, str | None] | None = None
 
     @property
     def name(self) -> _Name:

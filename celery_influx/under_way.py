@@ -24,26 +24,16 @@ class Run:
         request: Celery's, of the task.
     """
 
-    __slots__ = (
-        "began",
-        "clock",
-        "cpu_clock",
-        "facts",
-        "id",
-        "influx",
-        "is_eager",
-        "over",
-        "request",
-    )
+    # Here, for they cost time where each run has its own.
+    clock = cpu_clock = 0
+    is_eager = over = False
+    request: Any = None
 
     def __init__(self, influx: Any, task_id: str, facts: Facts, began: int) -> None:
         self.influx = influx
         self.id = task_id
         self.facts = facts
         self.began = began
-        self.clock = self.cpu_clock = 0
-        self.is_eager = self.over = False
-        self.request: Any = None
 
     def start(self) -> None:
         """Its body starts now."""

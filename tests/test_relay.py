@@ -83,7 +83,7 @@ def relay(sink: Sink) -> Iterator[Relay]:
 def start(relay: Relay, run_id: str) -> int:
     """Write that a run starts; when, by which it is known."""
     began = time.time_ns()
-    relay.put_start(start_frame(run_id, began, FACTS, False))
+    relay.put_start(start_frame(relay.pid, run_id, began, FACTS, False))
     return began
 
 

@@ -46,11 +46,9 @@ class Scene:
         retries: int = 0,
     ) -> None:
         began = time.time_ns() - int(ago * 1e9)
-        frame = start_frame(run_id, began, facts_of(run_id, retries), goes_back)
-        # A child writes its own pid.
-        own = frame.replace(os.getpid().to_bytes(4, "little"), pid.to_bytes(4, "little"), 1)
+        frame = start_frame(pid, run_id, began, facts_of(run_id, retries), goes_back)
         for _ in range(2):  # it may come twice
-            self.runs.started(own)
+            self.runs.started(frame)
 
     def judge(
         self, pid: int, run_id: str, state: str, exception: str | None = LOST, retries: int = 0
@@ -511,7 +509,7 @@ def test_names_that_are_no_plain_strings_are_taken_as_what_they_say(scene: Scene
     class Name(str):
         __slots__ = ()
 
-    scene.runs.started(start_frame(Name("a"), 1, facts_of(Name("a")), False))
+    scene.runs.started(start_frame(os.getpid(), Name("a"), 1, facts_of(Name("a")), False))
     scene.runs.close()
 
     assert scene.points == [("FAILURE", LOST, "a")]
