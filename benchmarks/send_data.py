@@ -44,11 +44,15 @@ The pipeline sends datagrams of 512 bytes.
 Checked before measuring: each line decodes to the same point, each metric holds value and tags.
 """.strip().splitlines()
 
-CALLERS_NOTES = """
-Its batcher beside: as above. Another thread of the process takes the lines and sends them \
-meanwhile, on the other core, and the interpreter's lock goes to and fro.
+BESIDE_NOTE = """
+As above: another thread of the process takes the lines and sends them meanwhile, on the other \
+core, and the interpreter's lock goes to and fro.
+""".strip()
+
+ALONE_NOTES = """
 The call alone: all points fit into the buffer, no batch is due, and the clocks stop before the \
 flush; a line in a buffer is all that Buffer.row makes, too.
+Of Buffer.row / send_data what the user makes is taken off: the dicts, and ours of the Point.
 No types: field_types=False.
 """.strip().splitlines()
 
@@ -56,25 +60,46 @@ No types: field_types=False.
 def run(rounds: int = 15, size: int = 20_000) -> None:
     """Measure and print; ``size`` points per client and round."""
     sink = Sink()
-    floats = _floats(size)
     with _clients(sink.port) as (clients, unsent):
         _check(clients, unsent, sink)
         sink.drain()
-        figures: dict[str, list[float]] = {name: [] for name in clients}
-        callers: dict[str, list[float]] = {name: [] for name in clients}
-        for turn in range(rounds + 1):
-            for name in rotated(list(clients), turn):
-                kind = next((kind for kind in floats if kind in name), "short floats")
-                before, caller = time.process_time(), time.thread_time()
-                clients[name](floats[kind])
-                callers[name].append((time.thread_time() - caller) / size * 1e6)
-                figures[name].append((time.process_time() - before) / size * 1e6)
-                if name in unsent:
-                    unsent[name].flush(30)
+        whole = {name: client for name, client in clients.items() if ALONE not in name}
+        figures, callers = _measure(whole, rounds, size)
+        # A difference of two figures wants them close together in time, and often.
+        alone = {name: client for name, client in clients.items() if _is_compared(name)}
+        _, calls = _measure(alone, 20 * rounds, max(1, size // 40), unsent)
     sink.stop()
+    _table(figures).show()
+    _beside({name: found for name, found in callers.items() if "Point, " in name}).show()
+    _alone(calls).show()
+
+
+def _measure(
+    clients: dict[str, Run], rounds: int, size: int, unsent: dict[str, Database] | None = None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """µs of CPU of a point, of all threads and of the caller's, of each client in each round."""
+    floats = _floats(size)
+    figures: dict[str, list[float]] = {name: [] for name in clients}
+    callers: dict[str, list[float]] = {name: [] for name in clients}
+    for turn in range(rounds + 1):
+        for name in rotated(list(clients), turn):
+            kind = next((kind for kind in floats if kind in name), "short floats")
+            before, caller = time.process_time(), time.thread_time()
+            clients[name](floats[kind])
+            callers[name].append((time.thread_time() - caller) / size * 1e6)
+            figures[name].append((time.process_time() - before) / size * 1e6)
+        for database in (unsent or {}).values() if turn % 20 == 0 else ():
+            database.flush(30)
     # The first round warms up.
-    _table({name: found[1:] for name, found in figures.items() if ALONE not in name}).show()
-    _callers({name: found[1:] for name, found in callers.items()}).show()
+    return (
+        {name: found[1:] for name, found in figures.items()},
+        {name: found[1:] for name, found in callers.items()},
+    )
+
+
+def _is_compared(name: str) -> bool:
+    """Whether it is compared with the call alone."""
+    return ALONE in name or name in CALLS
 
 
 def _floats(size: int) -> dict[str, list[float]]:
@@ -249,6 +274,16 @@ QUESTDB: dict[str, Run] = {
 }
 
 
+#: What the call alone is compared with.
+CALLS = {
+    *(name for name in QUESTDB if "short" not in name),
+    "influxdb-client, Point to line only, clock floats",
+    "influxdb-client, Point to line only, 17-digit floats",
+    "the dicts alone",
+    "the dicts and the Point",
+}
+
+
 def _influxdb_client(floats: list[float]) -> None:
     for i, value in enumerate(floats):
         _client_line(i, value)
@@ -373,31 +408,36 @@ def _table(figures: dict[str, list[float]]) -> Table:
     return table
 
 
-def _callers(figures: dict[str, list[float]]) -> Table:
-    """Of the thread that calls: what a task or a request waits for."""
-    table = Table("`send_data`: CPU of a point, the calling thread", "µs", "this / ours alone")
+def _beside(figures: dict[str, list[float]]) -> Table:
+    title = "`send_data`: CPU of a point, the calling thread, its batcher beside"
+    table = Table(title, "µs", "this / short floats")
     for name, found in figures.items():
-        kind = next((kind for kind in ("clock", "17-digit") if kind in name), "")
-        if kind or name.startswith("the dicts"):
-            ours = figures[f"celery_influx, Point, {kind or 'clock'} floats, {ALONE}"]
-            sends = name.startswith("celery_influx") and ALONE not in name
-            table.add(f"{name}, its batcher beside" if sends else name, found, ratios(found, ours))
-    calls = {name: _without(found, figures["the dicts alone"]) for name, found in figures.items()}
+        if name.startswith("celery_influx"):
+            yardstick = figures["celery_influx, Point, short floats"]
+            table.add(name, found, ratios(found, yardstick))
+    table.notes = [BESIDE_NOTE]
+    return table
+
+
+def _alone(figures: dict[str, list[float]]) -> Table:
+    """Of the thread that calls: what a task or a request waits for."""
+    table = Table(f"`send_data`: CPU of a point, {ALONE}", "µs", "this / ours")
+    for name, found in figures.items():
+        kind = next((kind for kind in ("clock", "17-digit") if kind in name), "clock")
+        table.add(
+            name, found, ratios(found, figures[f"celery_influx, Point, {kind} floats, {ALONE}"])
+        )
+    rows = {name: _without(found, figures["the dicts alone"]) for name, found in figures.items()}
     for kind, bound in (("clock", 1.9), ("17-digit", 1.0)) if QuestBuffer else ():
-        row = calls[f"QuestDB, Buffer.row only, {kind} floats"]
+        row = rows[f"QuestDB, Buffer.row only, {kind} floats"]
         ours = _without(
             figures[f"celery_influx, Point, {kind} floats, {ALONE}"],
             figures["the dicts and the Point"],
         )
         table.notes.append(
-            verdict(
-                f"Buffer.row / send_data, {ALONE}, {kind} floats",
-                ratios(row, ours),
-                bound,
-                least=True,
-            )
+            verdict(f"Buffer.row / send_data, {kind} floats", ratios(row, ours), bound, least=True)
         )
-    python = figures["celery_influx, Point, clock floats, Python only"]
+    python = figures[f"celery_influx, Point, clock floats, Python only, {ALONE}"]
     client = figures["influxdb-client, Point to line only, clock floats"]
     table.notes.append(
         verdict("influxdb-client / Python only", ratios(client, python), 3, least=True)
@@ -406,7 +446,7 @@ def _callers(figures: dict[str, list[float]]) -> Table:
         name = f"celery_influx, Point, clock floats, {part}{ALONE}"
         types = _without(figures[name], figures[f"{name}, no types"])
         table.notes.append(verdict(f"µs a point for the types of fields, {way}", types, 0.3))
-    table.notes += CALLERS_NOTES
+    table.notes += ALONE_NOTES
     return table
 
 
