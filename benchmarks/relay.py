@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import celery_influx.line_protocol
-from benchmarks.table import Table, ratios, rotated, verdict
+from benchmarks.table import Table, ratios, rotated, share, verdict
 from celery_influx.buffer import make_buffer
 from celery_influx.counters import Counters
 from celery_influx.database import Database
@@ -33,6 +33,8 @@ POINT = Point(
 )
 #: Points that a child sends at once, and the seconds for which it then does something else.
 BURST, PAUSE = 500, 0.005
+#: µs that the bare pipe cost where the bounds are from.
+PIPE = 0.95
 
 
 class Cost(NamedTuple):
@@ -47,7 +49,7 @@ class Cost(NamedTuple):
         return self.child - self.encoding + self.worker
 
 
-def run(rounds: int = 20, size: int = 50_000) -> None:
+def run(rounds: int = 60, size: int = 10_000) -> None:
     """Measure and print; ``size`` points per variant and round."""
     variants: dict[str, Callable[[int], Cost]] = {"celery_influx": _relayed, "the pipe": _bare}
     if celery_influx.line_protocol.implementation == "c":
@@ -148,8 +150,10 @@ def _table(figures: dict[str, list[Cost]]) -> Table:
         total = [cost.total() for cost in costs]
         table.add(name, total, ratios(mine, total))
         table.add(f"{name}: the worker's part", [cost.worker for cost in costs])
-    table.notes = [verdict("µs", mine, 0.7)]
-    if "celery_influx, Python only" in figures:
-        python = [cost.total() for cost in figures["celery_influx, Python only"]]
-        table.notes.append(verdict("µs, Python only", python, 1.1))
+    pipe = [cost.total() for cost in figures["the pipe"]]
+    for name, bound in (("celery_influx", 0.7), ("celery_influx, Python only", 1.1)):
+        if name in figures:
+            total = [cost.total() for cost in figures[name]]
+            table.notes.append(verdict(f"µs, {name}", total, bound))
+            table.notes.append(share("of the pipe", total, pipe, bound, PIPE))
     return table

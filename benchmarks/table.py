@@ -72,6 +72,18 @@ def verdict(what: str, figures: Sequence[float], bound: float, *, least: bool = 
     return f"{what}: {median:.3f}, bound {sign} {bound:g}: {'kept' if kept else 'NOT KEPT'}"
 
 
+def share(
+    what: str, figures: Sequence[float], yardstick: Sequence[float], bound: float, of: float
+) -> str:
+    """Whether a bound in µs is kept on any machine, as a note.
+
+    It is from one on which the yardstick cost ``of`` µs: so the share of that counts.
+    """
+    found = statistics.median(figures) / statistics.median(yardstick)
+    kept = "kept" if found <= bound / of else "NOT KEPT"
+    return f"{what}: {found:.3f}, bound ≤ {bound / of:.3g} ({bound:g} of {of:g} µs): {kept}"
+
+
 def rotated(names: Sequence[str], turn: int) -> list[str]:
     """The same names, another one first in each round: nobody always runs behind the same one."""
     turn %= len(names)

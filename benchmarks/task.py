@@ -29,14 +29,15 @@ from opentelemetry.sdk.trace import TracerProvider
 
 import celery_influx.line_protocol
 from benchmarks.sink import Sink
-from benchmarks.table import Table, ratios, rotated, verdict
+from benchmarks.table import Table, ratios, rotated, share, verdict
 from celery_influx import signals as ours
+from celery_influx.plugin import Influx
 from tests.python_only import python_only
 
 HOST = "celery@benchmark"
 
 
-def run(rounds: int = 40, size: int = 2_000) -> None:
+def run(rounds: int = 200, size: int = 400) -> None:
     """Measure and print; ``size`` tasks per variant and round."""
     sink = Sink()
     sink.drain()
@@ -54,15 +55,16 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
                     _plugged("python", sink.port, stack),
                     _connected_python,
                 )
+        child = _plugged("child", sink.port, stack, in_pool=True)
         pools = {
             "bare": (_app("bare child"), _nothing),
-            "celery_influx": (_plugged("child", sink.port, stack, in_pool=True), _connected),
+            "celery_influx": (child, _connected),
         }
         if celery_influx.line_protocol.implementation == "c":
             with python_only():
                 app = _plugged("python child", sink.port, stack, in_pool=True)
             pools["celery_influx, Python only"] = (app, _connected_python_in_pool)
-        children = {name: _PoolChild(*pool) for name, pool in pools.items()}
+        children = {name: _PoolChild(*pool, child.influx) for name, pool in pools.items()}
         for child in children.values():
             stack.callback(child.stop)
         in_pools: dict[str, list[tuple[float, float]]] = {name: [] for name in pools}
@@ -78,8 +80,9 @@ def run(rounds: int = 40, size: int = 2_000) -> None:
                 in_pools[name].append(children[name].round(size))
     sink.stop()
     # The first ones warm up.
-    _table({name: found[2:] for name, found in figures.items()}).show()
-    _pool_table({name: found[2:] for name, found in in_pools.items()}).show()
+    table, receivers = _table({name: found[2:] for name, found in figures.items()})
+    table.show()
+    _pool_table({name: found[2:] for name, found in in_pools.items()}, receivers).show()
 
 
 def _app(name: str) -> Celery:
@@ -184,8 +187,9 @@ class _PoolChild:
     One of its own for each round would count what the first touch of its memory costs.
     """
 
-    def __init__(self, app: Celery, connected: Callable[[], Any]) -> None:
-        self._app = app
+    def __init__(self, app: Celery, connected: Callable[[], Any], idle: Influx) -> None:
+        # A bare one waits for as long: what a round costs is no task's.
+        self._influx = getattr(app, "influx", idle)
         self._orders_fd, self._order_fd = os.pipe()
         self._costs_fd, self._cost_fd = os.pipe()
         self._pid = os.fork()
@@ -204,8 +208,7 @@ class _PoolChild:
         before = time.process_time()
         os.write(self._order_fd, struct.pack("I", size))
         (cost,) = struct.unpack("d", os.read(self._costs_fd, 8))
-        if hasattr(self._app, "influx"):
-            self._app.influx.flush(30)
+        self._influx.flush(30)
         return cost, (time.process_time() - before) / size * 1e6
 
     def stop(self) -> None:
@@ -215,7 +218,11 @@ class _PoolChild:
             os.close(fd)
 
 
-def _pool_table(figures: dict[str, list[tuple[float, float]]]) -> Table:
+#: µs that two empty receivers cost where the bounds are from.
+RECEIVERS = 5.6
+
+
+def _pool_table(figures: dict[str, list[tuple[float, float]]], receivers: list[float]) -> Table:
     table = Table("`task`: CPU added to a run in a pool child", "µs", "ours / this")
     bare = figures.pop("bare")
     added: dict[str, list[float]] = {}
@@ -228,14 +235,19 @@ def _pool_table(figures: dict[str, list[tuple[float, float]]]) -> Table:
         table.add(name, added[name], ratios(added["celery_influx"], added[name]))
         table.add(f"{name}: the worker's part", worker)
     table.notes = [
-        verdict(f"µs added by {name}, child and worker", added[name], bound)
+        note
         for name, bound in (("celery_influx", 11), ("celery_influx, Python only", 15))
         if name in added
+        for note in (
+            verdict(f"µs added by {name}, child and worker", added[name], bound),
+            share("of two empty receivers", added[name], receivers, bound, RECEIVERS),
+        )
     ]
     return table
 
 
-def _table(figures: dict[str, list[float]]) -> Table:
+def _table(figures: dict[str, list[float]]) -> tuple[Table, list[float]]:
+    """And what two empty receivers cost in each round."""
     table = Table("`task`: CPU added to a run, its own thread", "µs", "ours / this")
     bare = figures.pop("bare")
 
@@ -245,13 +257,13 @@ def _table(figures: dict[str, list[float]]) -> Table:
     mine = added(figures["celery_influx"])
     for name, found in figures.items():
         table.add(name, added(found), [] if "again" in name else ratios(mine, added(found)))
+    receivers = added(figures["two empty receivers"])
     table.notes = [
-        verdict("µs added", mine, 9),
-        verdict("of opentelemetry's", ratios(mine, added(figures["opentelemetry"])), 1 / 6),
-        *(
-            [verdict("µs added, Python only", added(figures["celery_influx, Python only"]), 13)]
-            if "celery_influx, Python only" in figures
-            else []
-        ),
+        verdict("of opentelemetry's", ratios(mine, added(figures["opentelemetry"])), 1 / 6)
     ]
-    return table
+    for name, bound in (("celery_influx", 9), ("celery_influx, Python only", 13)):
+        if name in figures:
+            found = added(figures[name])
+            table.notes.append(verdict(f"µs added by {name}", found, bound))
+            table.notes.append(share("of two empty receivers", found, receivers, bound, RECEIVERS))
+    return table, receivers
