@@ -51,21 +51,20 @@ def task_init(
             request = local.__storage__[local.__ident_func__()]["stack"][-1]
             said = request.__dict__
             header = said["celery_influx"]
-            version, published, _ = header.split(";")
+            digits = header[2:21] + header[22:]
             delivery = said["delivery_info"]
             influx = app.influx  # type: ignore[attr-defined]
             now = time_ns()
-            wait = now - int(published)
+            wait = now - int(header[2:21])
             if (
                 wait >= 0
                 and influx.quick
                 and tasks[id(task)] is task
-                and version == "1"
-                and len(published) == 19
                 and len(header) == 41
-                and header.isascii()
-                and published.isdigit()
-                and header[22:].isdigit()
+                and header[:2] == "1;"
+                and header[21] == ";"
+                and digits.isascii()
+                and digits.isdigit()
                 and delivery["routing_key"]
                 and not delivery["exchange"]
                 and not said["retries"]

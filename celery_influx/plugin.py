@@ -276,9 +276,7 @@ class Influx:
             self._settle()
         if self._child_relay:
             pid = self._child_relay.pid
-            self._child_relay.put_start(
-                start_frame(pid, run.id, run.began, run.facts, goes_back)
-            )
+            self._child_relay.put_start(start_frame(pid, run.id, run.began, run.facts, goes_back))
 
     def leave_pool(self) -> None:
         """In a pool child that ends in peace: hand over what the worker could not take before.

@@ -48,9 +48,11 @@ _PART = struct.Struct("<IIHHB")
 _SERIAL = struct.Struct("<I")
 _END = struct.Struct("<IQ")
 LINE, FRAGMENT, START, END, SYNC, VERDICT = range(6)
+_END_HEADER = struct.Struct("<HBBIQ")  # both in one
 _WAKE = _HEADER.pack(_SERIAL.size, SYNC, 0) + _SERIAL.pack(0)
 _LONGEST = _PIPE_BUF - _HEADER.size
 _LONGEST_PART = _LONGEST - _PART.size
+_SHORT = _LONGEST - _END.size - _HEADER.size  # an end finds room behind it
 #: A line of more parts than this has no transport either.
 _MOST_PARTS = 65_535
 
@@ -227,7 +229,7 @@ class Relay:
 
     def put_start(self, body: bytes) -> None:
         """Write that a run starts in this process: a ``runs.start_frame``."""
-        if not self._put_at_once(0, body, START):
+        if len(body) > _SHORT or not self._put_at_once(_HEADER.pack(len(body), START, 0) + body):
             self._put_run(0, body, START)
 
     def put_end(self, database: int, began: int, line: bytes) -> bool:
@@ -235,9 +237,12 @@ class Relay:
 
         Without it the worker would take a run that ended for one that was killed.
         """
-        body = _END.pack(self.pid, began)
-        if self._put_at_once(database, body + line, END):
+        size = _END.size + len(line)
+        if size <= _SHORT and self._put_at_once(
+            _END_HEADER.pack(size, END, database, self.pid, began) + line
+        ):
             return True
+        body = _END.pack(self.pid, began)
         self._impatient = False  # once for each run it is worth to wait
         if self._put_run(database, body + line, END):
             return True
@@ -245,14 +250,12 @@ class Relay:
             self._put_run(database, body, END)
         return False
 
-    def _put_at_once(self, database: int, body: bytes, kind: int) -> bool:
+    def _put_at_once(self, frame: bytes) -> bool:
         """Write such a frame where nothing stands in its way, as nearly always; whether it was."""
-        if self._owed or self._impatient or len(body) > _LONGEST - _END.size - _HEADER.size:
+        if self._owed or self._impatient or handler_of(_SIGPIPE) == _DEFAULT:
             return False
         try:
-            if handler_of(_SIGPIPE) == _DEFAULT:
-                return False
-            os.write(self._write_fd, _HEADER.pack(len(body), kind, database) + body)
+            os.write(self._write_fd, frame)
         except OSError:
             return False
         return True

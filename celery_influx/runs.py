@@ -23,26 +23,21 @@ logger = logging.getLogger(__name__)
 LOST = "WorkerLostError"
 
 
-def start_frame(
-    pid: int, run_id: str | None, began: int, facts: Facts, goes_back: bool
-) -> bytes:
+def start_frame(pid: int, run_id: str | None, began: int, facts: Facts, goes_back: bool) -> bytes:
     """A child's word that a run starts: its task's id, the time in ns, and what its point has.
 
     ``goes_back``: if the worker ends before the run does, the queue gives it out again.
     """
-    return _packed((pid, run_id, began, facts, goes_back))
-
-
-def verdict_frame(pid: int, run_id: str, state: str, exception: str | None, facts: Facts) -> bytes:
-    """The worker's word on a run in the child ``pid``, with what is known of one never started."""
-    return _packed((pid, run_id, time.time_ns(), state, exception, facts))
-
-
-def _packed(values: tuple[Any, ...]) -> bytes:
+    values = pid, run_id, began, facts, goes_back
     try:
         return marshal.dumps(values)
     except ValueError:  # a subclass of str, for instance
         return marshal.dumps(_plain(values))
+
+
+def verdict_frame(pid: int, run_id: str, state: str, exception: str | None, facts: Facts) -> bytes:
+    """The worker's word on a run in the child ``pid``, with what is known of one never started."""
+    return marshal.dumps(_plain((pid, run_id, time.time_ns(), state, exception, facts)))
 
 
 def _plain(value: Any) -> Any:
