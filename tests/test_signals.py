@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, Task, signals
+from celery.app import trace
 from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
 from celery.loaders.app import AppLoader
@@ -365,6 +366,76 @@ def test_a_call_in_place_is_no_run_of_a_message(receiver: Receiver) -> None:
     assert task() == 1
 
     assert app.influx.stats()["main"]["points"] == 0
+
+
+def test_who_else_listens_is_told_of_a_runs_end_and_where_nobody_does_no_signal_is_sent(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In this process a worker may have been before.
+    monkeypatch.setattr(trace, "send_postrun", signals.task_postrun.send)
+    app = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(app)
+    task = giving(app, "t", 42)
+    find, sent = signals.task_postrun._live_receivers, []
+    told: list[tuple[object, ...]] = []
+
+    def receivers(sender: Any) -> Any:
+        sent.append(sender.name)
+        return find(sender)
+
+    def other(sender: Any = None, retval: Any = None, state: str = "", **said: Any) -> None:
+        told.append((sender.name, retval, state, *sorted(said)))
+
+    monkeypatch.setattr(signals.task_postrun, "_live_receivers", receivers)
+    with working(app):
+        task.delay().get(timeout=10)
+        receiver.points("celery_task", at_least=1)
+        with receiving(signals.task_postrun, other):
+            task.delay().get(timeout=10)
+            receiver.points("celery_task", at_least=2)
+        task.delay().get(timeout=10)
+        receiver.points("celery_task", at_least=3)
+        assert app.influx.flush(5)
+
+    assert sent == ["t"]
+    assert told == [("t", 42, "SUCCESS", "args", "kwargs", "signal", "task", "task_id")]
+    assert app.influx.stats()["main"]["points"] == 3
+
+
+def test_what_celerys_tracer_calls_is_left_alone_where_it_is_anothers(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[object] = []
+
+    def others(**said: Any) -> Any:
+        sent.append(said["state"])
+        return signals.task_postrun.send(**said)
+
+    monkeypatch.setattr(trace, "send_postrun", others)
+    app = make_app(influx_databases={"main": receiver.url})
+    celery_influx.install(app)
+    task = giving(app, "t", 42)
+    with working(app):
+        task.delay().get(timeout=10)
+        receiver.points("celery_task", at_least=1)
+
+    assert sent == ["SUCCESS"]
+    assert trace.send_postrun is others  # type: ignore[comparison-overlap]
+
+
+def test_what_our_receiver_raises_at_a_runs_end_does_the_task_no_harm(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, influx_strict=True)
+    celery_influx.install(app)
+    task = giving(app, "t" * 65_536, 42)  # no tag of a point
+    with working(app):
+        assert task.delay().get(timeout=10) == 42
+        assert task.delay().get(timeout=10) == 42
+        assert app.influx.flush(5)
+
+    assert app.influx.stats()["main"]["rejected"] == 2
+    assert "at the end of a run" in caplog.text
 
 
 def test_where_the_loader_does_not_call_us_the_signal_of_a_runs_start_is_used(
