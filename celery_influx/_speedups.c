@@ -250,8 +250,15 @@ static void put_integer(Line *line, long long value)
         "00010203040506070809101112131415161718192021222324252627282930313233343536373839"
         "40414243444546474849505152535455565758596061626364656667686970717273747576777879"
         "8081828384858687888990919293949596979899";
-    char digits[LONGEST_NUMBER], *first = digits + sizeof digits;
+    char digits[2 * LONGEST_NUMBER], *end = digits + LONGEST_NUMBER, *first = end;
     unsigned long long rest = value < 0 ? -(unsigned long long)value : (unsigned long long)value;
+    while (rest >= 10000) {
+        unsigned four = (unsigned)(rest % 10000);
+        first -= 4;
+        memcpy(first, pairs + 2 * (four / 100), 2);
+        memcpy(first + 2, pairs + 2 * (four % 100), 2);
+        rest /= 10000;
+    }
     while (rest >= 100) {
         first -= 2;
         memcpy(first, pairs + 2 * (rest % 100), 2);
@@ -265,7 +272,8 @@ static void put_integer(Line *line, long long value)
     }
     if (value < 0)
         *--first = '-';
-    put_bytes(line, first, digits + sizeof digits - first);
+    memcpy(line->text + line->length, first, LONGEST_NUMBER); /* at once, whatever follows them */
+    line->length += end - first;
 }
 
 /* _shortest.cpp */
@@ -385,14 +393,16 @@ static PyType_Spec stamps_spec = {
 /* -- a point ------------------------------------------------------------------------------------- */
 
 /* A short name, with what was written for it. It is the very object that is known, since a str does
-not change; and it is kept, so that no other one has its address. */
+not change; and it is kept, so that no other one has its address. A field has a type, too, by the
+types of its measurement's fields: of these no one ever changes. */
 typedef struct {
     PyObject *name;
+    PyObject *types, *kind; /* NULL, but a field's */
     unsigned char of, length;
     char text[22];
 } Known;
 
-#define KNOWN 128
+#define KNOWN 128 /* a power of two */
 
 typedef struct {
     PyObject_HEAD
@@ -405,8 +415,28 @@ typedef struct {
     PyObject *types;         /* FieldTypes' dict of measurement to field to type, or None */
     Stamps *stamps;          /* the clock, where it is one of these; else NULL */
     long long unit;
-    Known known[KNOWN]; /* each where its address leads: a newer one takes its place */
+    Known known[KNOWN]; /* two where an address leads: a newer one takes the older one's place */
 } Encoder;
+
+static inline int is_known(const Known *known, PyObject *name, int of, PyObject *types)
+{
+    return known->name == name && known->of == of && known->types == types;
+}
+
+/* Where it is, if it is known. */
+static inline Known *place_of(Encoder *self, PyObject *name, int of, PyObject *types)
+{
+    uint64_t address = (uintptr_t)name ^ (uintptr_t)types;
+    Known *two = &self->known[address * 0x9e3779b97f4a7c15 >> 32 & (KNOWN - 2)];
+    return two + is_known(two + 1, name, of, types);
+}
+
+/* Where there is room for the longest; where it ends. */
+static inline char *put_known(char *to, const Known *known)
+{
+    memcpy(to, known->text, sizeof known->text);
+    return to + known->length;
+}
 
 /* A name that is not known, and may be wrong. */
 static int put_new_name(Encoder *self, Line *line, PyObject *name, int of)
@@ -428,27 +458,36 @@ static int put_new_name(Encoder *self, Line *line, PyObject *name, int of)
     return came;
 }
 
-static int put_name(Encoder *self, Line *line, PyObject *name, int of)
+/* One that is not known, and then is, if it is short. */
+static int put_and_know(
+    Encoder *self, Line *line, Known *known, PyObject *name, int of, PyObject *types, PyObject *kind)
 {
-    uintptr_t address = (uintptr_t)name;
-    Known *known = &self->known[(address >> 4 ^ address >> 11) % KNOWN];
-    if (line_room(line, sizeof known->text))
-        return BROKEN;
-    if (known->name == name && known->of == of) {
-        memcpy(line->text + line->length, known->text, sizeof known->text);
-        line->length += known->length;
-        return DONE;
-    }
     Py_ssize_t begin = line->length;
     int came = put_new_name(self, line, name, of);
     Py_ssize_t length = line->length - begin;
     if (came == DONE && length <= (Py_ssize_t)sizeof known->text) {
-        Py_XSETREF(known->name, Py_NewRef(name));
+        Py_XDECREF(known[1].name);
+        Py_XDECREF(known[1].types);
+        known[1] = known[0];
+        known->name = Py_NewRef(name);
+        known->types = Py_XNewRef(types);
+        known->kind = kind;
         known->of = (unsigned char)of;
         known->length = (unsigned char)length;
         memcpy(known->text, line->text + begin, (size_t)length);
     }
     return came;
+}
+
+static int put_name(Encoder *self, Line *line, PyObject *name, int of)
+{
+    Known *known = place_of(self, name, of, NULL);
+    if (line_room(line, sizeof known->text))
+        return BROKEN;
+    if (!is_known(known, name, of, NULL))
+        return put_and_know(self, line, known, name, of, NULL, NULL);
+    line->length = put_known(line->text + line->length, known) - line->text;
+    return DONE;
 }
 
 static int put_tag_value(Encoder *self, Line *line, PyObject *value)
@@ -476,12 +515,22 @@ static int put_tag_value(Encoder *self, Line *line, PyObject *value)
 
 static int put_tags(Encoder *self, Line *line, PyObject *tags)
 {
-    Py_ssize_t place = 0;
+    Py_ssize_t place = 0, left = PyDict_GET_SIZE(tags);
     PyObject *key, *value;
-    while (PyDict_Next(tags, &place, &key, &value)) {
+    while (left-- > 0 && PyDict_Next(tags, &place, &key, &value)) {
         Py_ssize_t before = line->length;
-        if (line_room(line, 1))
+        const Known *name = place_of(self, key, TAG, NULL);
+        const Known *label = place_of(self, value, LABEL, NULL);
+        if (line_room(line, 2 + 2 * sizeof name->text))
             return BROKEN;
+        if (is_known(name, key, TAG, NULL) && is_known(label, value, LABEL, NULL)) {
+            char *to = line->text + before;
+            *to++ = ',';
+            to = put_known(to, name);
+            *to++ = '=';
+            line->length = put_known(to, label) - line->text;
+            continue;
+        }
         put(line, ',');
         int came = put_name(self, line, key, TAG);
         if (came)
@@ -504,32 +553,45 @@ static int put_tags(Encoder *self, Line *line, PyObject *tags)
 static int put_fields(
     Encoder *self, Line *line, PyObject *fields, PyObject *types, Py_ssize_t *left_out)
 {
-    Py_ssize_t place = 0, types_place = 0;
-    PyObject *key, *value, *next, *kind;
+    Py_ssize_t place = 0, left = PyDict_GET_SIZE(fields);
+    PyObject *key, *value, *kind;
     char separator = ' ';
-    while (PyDict_Next(fields, &place, &key, &value)) {
+    int came;
+    while (left-- > 0 && PyDict_Next(fields, &place, &key, &value)) {
         Py_ssize_t before = line->length;
         if (before > MAX_LENGTH)
             return RARE;
-        if (!PyUnicode_CheckExact(key))
-            return RARE;
+        Known *name = place_of(self, key, FIELD, types);
+        int known = is_known(name, key, FIELD, types);
         PyObject *given = (PyObject *)Py_TYPE(value);
         if (types == NULL)
             kind = given;
-        else if (!PyDict_Next(types, &types_place, &next, &kind) || next != key)
-            kind = PyDict_GetItemWithError(types, key); /* not in the order of the first point */
+        else if (known)
+            kind = name->kind;
+        else if (PyUnicode_CheckExact(key))
+            kind = PyDict_GetItemWithError(types, key);
+        else
+            return RARE;
         int widened = kind == (PyObject *)&PyFloat_Type && given == (PyObject *)&PyLong_Type;
         if (kind != given && !widened)
             return PyErr_Occurred() ? BROKEN : RARE;
-        if (line_room(line, 1))
+        if (line_room(line, 1 + sizeof name->text + 1 + LONGEST_NUMBER + 1))
             return BROKEN;
-        put(line, separator);
-        int came = put_name(self, line, key, FIELD);
-        if (came)
-            return came;
-        if (line_room(line, LONGEST_NUMBER + 2))
-            return BROKEN;
-        put(line, '=');
+        if (known) {
+            char *to = line->text + before;
+            *to++ = separator;
+            to = put_known(to, name);
+            *to++ = '=';
+            line->length = to - line->text;
+        } else {
+            put(line, separator);
+            came = put_and_know(self, line, name, key, FIELD, types, kind);
+            if (came)
+                return came;
+            if (line_room(line, 1 + LONGEST_NUMBER + 1))
+                return BROKEN;
+            put(line, '=');
+        }
         if (PyFloat_CheckExact(value)) {
             if (!Py_IS_FINITE(PyFloat_AS_DOUBLE(value))) {
                 *left_out += 1;
@@ -606,7 +668,7 @@ static int put_ns(Encoder *self, Line *line, long long time)
     /* Rounded down it must not be before the first time there is. */
     if (time > MAX_TIME || ticks < MIN_TIME / self->unit)
         return RARE;
-    if (line_room(line, LONGEST_NUMBER))
+    if (line_room(line, 1 + LONGEST_NUMBER))
         return BROKEN;
     put(line, ' ');
     put_integer(line, ticks);
@@ -705,8 +767,10 @@ static void encoder_dealloc(Encoder *self)
     Py_XDECREF(self->encode);
     Py_XDECREF(self->slow);
     Py_XDECREF(self->types);
-    for (int i = 0; i < KNOWN; i++)
+    for (int i = 0; i < KNOWN; i++) {
         Py_XDECREF(self->known[i].name);
+        Py_XDECREF(self->known[i].types);
+    }
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }

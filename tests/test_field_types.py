@@ -83,6 +83,15 @@ def test_a_field_keeps_the_type_that_it_had_first(first: type, then: type, side:
     assert side.fields({"f": VALUES[then]}, "another") == {"f": VALUES[then]}
 
 
+def test_a_field_has_a_type_in_each_of_its_measurements(side: Side) -> None:
+    for _ in range(3):
+        for number, value in enumerate(VALUES.values()):
+            assert side.fields({"f": value, "g": 1.5}, f"m{number}") == {"f": value, "g": 1.5}
+        assert side.fields({"f": 7, "g": 1.5}, "m0") == {"f": 7.0, "g": 1.5}
+        assert side.fields({"f": 0.5, "g": 1.5}, "m1") == {"g": 1.5}
+    assert [measurement for measurement, _ in side.conflicts] == ["m1"] * 3
+
+
 @pytest.mark.parametrize("number", [0, -1, 2**53, 2**53 + 1, 2**63 - 1, -(2**63), 3 * 10**17 + 1])
 def test_an_int_in_a_floats_field_becomes_the_nearest_float(number: int, side: Side) -> None:
     side.fields({"f": 0.5})
