@@ -101,7 +101,7 @@ static const char *const names[NAMES] = {
 
 /* This module's, in this interpreter. */
 typedef struct {
-    PyTypeObject *encoder, *stamps, *buffer, *sender, *method, *run;
+    PyTypeObject *encoder, *stamps, *lines, *buffer, *sender, *method, *run;
     PyObject *names[NAMES];
 } State;
 
@@ -793,66 +793,146 @@ static PyMethodDef encode_def = {
 
 /* -- the buffer ---------------------------------------------------------------------------------- */
 
-/* A ring of references to bytes; nothing in it runs Python code, so the interpreter's lock is
-enough of one, and a signal's handler or finaliser never comes in between. */
-#define SMALL 64
-#define LARGE 16384
+/* What is taken at once: joined by newlines, as it is sent; a line by itself is made when somebody
+asks for it. */
+typedef struct {
+    PyObject_VAR_HEAD
+    PyObject *joined; /* bytes */
+    Py_ssize_t ends[]; /* of each line in it */
+} Lines;
+
+static Py_ssize_t lines_length(Lines *self)
+{
+    return Py_SIZE(self);
+}
+
+static PyObject *lines_item(Lines *self, Py_ssize_t number)
+{
+    if (number < 0 || number >= Py_SIZE(self)) {
+        PyErr_SetString(PyExc_IndexError, "no such line");
+        return NULL;
+    }
+    Py_ssize_t begin = number ? self->ends[number - 1] + 1 : 0;
+    return PyBytes_FromStringAndSize(
+        PyBytes_AS_STRING(self->joined) + begin, self->ends[number] - begin);
+}
+
+/* As a list of them. */
+static PyObject *lines_compare(PyObject *self, PyObject *other, int how)
+{
+    if (!PyList_CheckExact(other))
+        Py_RETURN_NOTIMPLEMENTED;
+    PyObject *list = PySequence_List(self);
+    PyObject *found = list == NULL ? NULL : PyObject_RichCompare(list, other, how);
+    Py_XDECREF(list);
+    return found;
+}
+
+static void lines_dealloc(Lines *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(self->joined);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef lines_members[] = {
+    {"joined", T_OBJECT_EX, offsetof(Lines, joined), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot lines_slots[] = {
+    {Py_sq_length, lines_length},
+    {Py_sq_item, lines_item},
+    {Py_tp_richcompare, lines_compare},
+    {Py_tp_hash, PyObject_HashNotImplemented},
+    {Py_tp_members, lines_members},
+    {Py_tp_dealloc, lines_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec lines_spec = {
+    .name = "celery_influx._speedups.Lines",
+    .basicsize = offsetof(Lines, ends),
+    .itemsize = sizeof(Py_ssize_t),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = lines_slots,
+};
+
+/* Lines one after the other, each with its length before it, in pieces of memory: less to touch,
+to take and to give back than an object for each. Nothing in it runs Python code, so the
+interpreter's lock is enough of one, and a signal's handler or finaliser never comes in between. */
+typedef struct Piece {
+    struct Piece *next;
+    Py_ssize_t size, end;
+    char text[];
+} Piece;
+
+#define PIECE (65536 - (Py_ssize_t)sizeof(Piece))
+#define LENGTH ((Py_ssize_t)sizeof(Py_ssize_t))
 
 typedef struct {
     PyObject_HEAD
-    PyObject **ring;
-    Py_ssize_t size, first, count; /* size is a power of two */
+    Piece *first, *last;     /* NULL: there is none yet */
+    Py_ssize_t start, count; /* where in the first piece the lines begin */
     int called; /* somebody was, to take, and has not yet: once is enough */
     long long max_lines, max_bytes, bytes, put_lines, taken, dropped;
 } Buffer;
 
-static inline Py_ssize_t size_of(PyObject *line)
+/* The line at a place, where there is one; the place is then the next one's. */
+static const char *line_at(Piece **piece, Py_ssize_t *place, Py_ssize_t *length)
 {
-    return PyBytes_GET_SIZE(line) + 1;
+    if (*place == (*piece)->end) {
+        *piece = (*piece)->next;
+        *place = 0;
+    }
+    const char *text = (*piece)->text + *place;
+    memcpy(length, text, sizeof *length);
+    *place += LENGTH + *length;
+    return text + LENGTH;
 }
 
-static PyObject *buffer_pop(Buffer *self)
+/* The oldest line goes. Empty, the buffer keeps one piece of what a burst has made of it. */
+static void buffer_pop(Buffer *self)
 {
-    PyObject *line = self->ring[self->first];
-    self->first = (self->first + 1) & (self->size - 1);
+    Piece *first = self->first;
+    Py_ssize_t length;
+    line_at(&self->first, &self->start, &length);
+    if (self->first != first)
+        PyMem_Free(first);
+    self->bytes -= length + 1;
     self->count -= 1;
-    self->bytes -= size_of(line);
-    return line;
-}
-
-static int buffer_resize(Buffer *self, Py_ssize_t size)
-{
-    PyObject **ring = PyMem_Malloc((size_t)size * sizeof *ring);
-    if (ring == NULL) {
-        PyErr_NoMemory();
-        return -1;
+    if (self->count)
+        return;
+    self->start = self->first->end = 0;
+    if (self->first->size > PIECE) {
+        PyMem_Free(self->first);
+        self->first = self->last = NULL;
     }
-    for (Py_ssize_t i = 0; i < self->count; i++)
-        ring[i] = self->ring[(self->first + i) & (self->size - 1)];
-    PyMem_Free(self->ring);
-    self->ring = ring;
-    self->size = size;
-    self->first = 0;
-    return 0;
 }
 
-/* Empty, it gives back what a burst has made of it. */
-static void buffer_rest(Buffer *self)
+/* -1 with MemoryError set. */
+static int buffer_append(Buffer *self, const char *text, Py_ssize_t length)
 {
-    if (self->count == 0 && self->size > LARGE && buffer_resize(self, SMALL))
-        PyErr_Clear(); /* then it stays large */
-}
-
-/* Takes over the reference; -1 with MemoryError set, and the line is gone. */
-static int buffer_append(Buffer *self, PyObject *line)
-{
-    if (self->count == self->size && buffer_resize(self, 2 * self->size)) {
-        Py_DECREF(line);
-        return -1;
+    Piece *last = self->last;
+    if (last == NULL || last->size - last->end < LENGTH + length) {
+        Py_ssize_t size = Py_MAX(PIECE, LENGTH + length);
+        Piece *piece = PyMem_Malloc(sizeof *piece + (size_t)size);
+        if (piece == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        piece->next = NULL;
+        piece->size = size;
+        piece->end = 0;
+        *(last == NULL ? &self->first : &last->next) = piece;
+        self->last = last = piece;
     }
-    self->ring[(self->first + self->count) & (self->size - 1)] = line;
+    memcpy(last->text + last->end, &length, sizeof length);
+    memcpy(last->text + last->end + LENGTH, text, (size_t)length);
+    last->end += LENGTH + length;
     self->count += 1;
-    self->bytes += size_of(line);
+    self->bytes += length + 1;
     self->put_lines += 1;
     return 0;
 }
@@ -862,7 +942,7 @@ static Py_ssize_t buffer_limit(Buffer *self)
 {
     Py_ssize_t dropped = 0;
     while (self->count && (self->bytes > self->max_bytes || self->count > self->max_lines)) {
-        Py_DECREF(buffer_pop(self));
+        buffer_pop(self);
         dropped += 1;
     }
     self->dropped += dropped;
@@ -879,7 +959,7 @@ static PyObject *buffer_put(Buffer *self, PyObject *lines)
     for (Py_ssize_t i = 0; i < count && !wrong; i++) {
         PyObject *line = PySequence_Fast_GET_ITEM(found, i);
         if (PyBytes_CheckExact(line))
-            wrong = buffer_append(self, Py_NewRef(line));
+            wrong = buffer_append(self, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line));
         else {
             PyErr_SetString(PyExc_TypeError, "expected bytes");
             wrong = 1;
@@ -890,49 +970,63 @@ static PyObject *buffer_put(Buffer *self, PyObject *lines)
     return wrong ? NULL : PyLong_FromSsize_t(dropped);
 }
 
-static PyObject *buffer_take(Buffer *self, PyObject *args)
+static PyObject *buffer_take(Buffer *self, PyObject *const *args, Py_ssize_t given)
 {
-    long long max_lines, max_bytes;
-    if (!PyArg_ParseTuple(args, "LL:take", &max_lines, &max_bytes))
+    if (given != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected max_lines, max_bytes");
         return NULL;
-    PyObject *taken = PyList_New(0);
+    }
+    long long max_lines = PyLong_AsLongLong(args[0]), room = PyLong_AsLongLong(args[1]) + 1;
+    if (PyErr_Occurred())
+        return NULL;
+    Piece *piece = self->first;
+    Py_ssize_t place = self->start, length, seen = 0, count = 0, size = 0;
+    while (seen < self->count && count < max_lines) {
+        line_at(&piece, &place, &length);
+        if (length < room - size) {
+            size += length + 1;
+            count += 1;
+        } else if (length < room) {
+            break;
+        }
+        seen += 1;
+    }
+    State *state = PyType_GetModuleState(Py_TYPE(self));
+    Lines *taken = (Lines *)state->lines->tp_alloc(state->lines, count);
     if (taken == NULL)
         return NULL;
-    long long room = max_bytes + 1, too_long = 0;
-    int wrong = 0;
-    while (self->count && PyList_GET_SIZE(taken) < max_lines) {
-        PyObject *line = self->ring[self->first];
-        if (size_of(line) <= room) {
-            wrong = PyList_Append(taken, line);
-            if (wrong)
-                break; /* the line stays */
-            room -= size_of(line);
-        } else if (size_of(line) <= max_bytes + 1) {
-            break;
-        } else {
-            too_long += 1;
-        }
-        Py_DECREF(buffer_pop(self));
-    }
-    self->taken += PyList_GET_SIZE(taken) + too_long;
-    self->called = 0;
-    buffer_rest(self);
-    if (wrong && PyList_GET_SIZE(taken) == 0) {
+    taken->joined = PyBytes_FromStringAndSize(NULL, size - (size > 0));
+    if (taken->joined == NULL) {
         Py_DECREF(taken);
         return NULL;
     }
-    PyErr_Clear();
-    return Py_BuildValue("NL", taken, too_long);
+    char *joined = PyBytes_AS_STRING(taken->joined);
+    Py_ssize_t end = 0, number = 0;
+    for (Py_ssize_t i = 0; i < seen; i++) {
+        piece = self->first;
+        place = self->start;
+        const char *text = line_at(&piece, &place, &length);
+        if (length < room) {
+            memcpy(joined + end, text, (size_t)length);
+            end += length;
+            taken->ends[number++] = end;
+            if (number < count)
+                joined[end++] = '\n';
+        }
+        buffer_pop(self);
+    }
+    self->taken += seen;
+    self->called = 0;
+    return Py_BuildValue("Nn", taken, seen - count);
 }
 
 static PyObject *buffer_clear(Buffer *self, PyObject *none)
 {
     Py_ssize_t dropped = self->count;
     while (self->count)
-        Py_DECREF(buffer_pop(self));
+        buffer_pop(self);
     self->dropped += dropped;
     self->called = 0;
-    buffer_rest(self);
     return PyLong_FromSsize_t(dropped);
 }
 
@@ -959,10 +1053,6 @@ static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         return NULL;
     self->max_lines = max_lines;
     self->max_bytes = max_bytes;
-    if (buffer_resize(self, SMALL)) {
-        Py_DECREF(self);
-        return NULL;
-    }
     return (PyObject *)self;
 }
 
@@ -970,8 +1060,8 @@ static void buffer_dealloc(Buffer *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     while (self->count)
-        Py_DECREF(buffer_pop(self));
-    PyMem_Free(self->ring);
+        buffer_pop(self);
+    PyMem_Free(self->first);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
@@ -988,7 +1078,8 @@ static PyMemberDef buffer_members[] = {
 
 static PyMethodDef buffer_methods[] = {
     {"put", (PyCFunction)buffer_put, METH_O, "put(lines): how many old ones were dropped for them."},
-    {"take", (PyCFunction)buffer_take, METH_VARARGS, "take(max_lines, max_bytes): lines, too long."},
+    {"take", (PyCFunction)(void (*)(void))buffer_take, METH_FASTCALL,
+     "take(max_lines, max_bytes): lines, too long."},
     {"clear", (PyCFunction)buffer_clear, METH_NOARGS, "clear(): how many lines were dropped."},
     {NULL, NULL, 0, NULL},
 };
@@ -1118,12 +1209,10 @@ static PyObject *write_point(Sender *self, const Line *line)
     Py_RETURN_NONE;
 }
 
-/* Takes over the reference. */
-static PyObject *buffer_line(Sender *self, PyObject *line)
+/* Its buffer has a point's line more. */
+static PyObject *buffer_grown(Sender *self)
 {
     Buffer *buffer = (Buffer *)self->buffer;
-    if (buffer_append(buffer, line))
-        return NULL;
     *(uint64_t *)self->points.buf += 1;
     Py_ssize_t dropped = buffer_limit(buffer);
     int due = !buffer->called &&
@@ -1137,31 +1226,39 @@ static PyObject *buffer_line(Sender *self, PyObject *line)
     return none;
 }
 
+/* Takes over the reference. */
+static PyObject *buffer_line(Sender *self, PyObject *line)
+{
+    int wrong = buffer_append(
+        (Buffer *)self->buffer, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line));
+    Py_DECREF(line);
+    return wrong ? NULL : buffer_grown(self);
+}
+
 static PyObject *send_point(PyObject *arg, PyObject *point)
 {
     Sender *self = (Sender *)arg;
     Encoder *encoder = (Encoder *)self->encoder;
     Line line;
     Py_ssize_t left_out = 0;
-    PyObject *way, *bytes = NULL;
+    PyObject *way;
 
     line_begin(&line);
     int came = put_all(encoder, &line, point, &left_out, &way);
-    if (came == DONE && !left_out) {
-        if (self->buffer == NULL) {
-            PyObject *none = write_point(self, &line);
-            line_end(&line);
-            return none;
-        }
-        bytes = PyBytes_FromStringAndSize(line.text, line.length);
-        came = bytes == NULL ? BROKEN : DONE;
+    int quick = came == DONE && !left_out;
+    if (quick && self->buffer == NULL) {
+        PyObject *none = write_point(self, &line);
+        line_end(&line);
+        return none;
     }
+    if (quick && buffer_append((Buffer *)self->buffer, line.text, line.length))
+        came = BROKEN;
     line_end(&line);
+    if (quick && came == DONE)
+        return buffer_grown(self);
     if (came == BROKEN)
         PyErr_Clear(); /* no memory: Python meets it again, and counts it */
-    if (bytes == NULL)
-        return PyObject_CallOneArg(self->send, point);
-    return buffer_line(self, bytes);
+    return PyObject_CallOneArg(self->send, point);
 }
 
 static int sender_traverse(Sender *self, visitproc visit, void *arg)
@@ -2090,6 +2187,7 @@ static int module_exec(PyObject *module)
             return -1;
     return add_type(module, &state->encoder, &encoder_spec) ||
                    add_type(module, &state->stamps, &stamps_spec) ||
+                   add_type(module, &state->lines, &lines_spec) ||
                    add_type(module, &state->buffer, &buffer_spec) ||
                    add_type(module, &state->sender, &sender_spec) ||
                    add_type(module, &state->method, &method_spec) ||
@@ -2103,6 +2201,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     State *state = PyModule_GetState(module);
     Py_VISIT(state->encoder);
     Py_VISIT(state->stamps);
+    Py_VISIT(state->lines);
     Py_VISIT(state->buffer);
     Py_VISIT(state->sender);
     Py_VISIT(state->method);
@@ -2117,6 +2216,7 @@ static int module_clear(PyObject *module)
     State *state = PyModule_GetState(module);
     Py_CLEAR(state->encoder);
     Py_CLEAR(state->stamps);
+    Py_CLEAR(state->lines);
     Py_CLEAR(state->buffer);
     Py_CLEAR(state->sender);
     Py_CLEAR(state->method);

@@ -151,3 +151,8 @@ class Buffer:
 
 #: As quick as can be here. Both are held to the same tests.
 make_buffer: type[Buffer] = extension.Buffer if extension else Buffer
+
+
+def joined(lines: Any) -> bytes:
+    """As one payload, which what the extension's ``take`` gives already is."""
+    return b"\n".join(lines) if type(lines) is list else lines.joined

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from celery_influx.buffer import joined
 from celery_influx.counters import (
     BYTES,
     ERRORS,
@@ -311,7 +312,7 @@ class Delivery:
 
     def _write(self, *lists: list[bytes]) -> None:
         """One attempt: all went out, but for what the server says it rejected."""
-        payloads = [b"\n".join(lines) for lines in lists]
+        payloads = [joined(lines) for lines in lists]
         count, size = sum(map(len, lists)), sum(map(len, payloads))
         rejected = min(self._transport.write(*payloads), count)
         counters = self._counters

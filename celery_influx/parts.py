@@ -38,7 +38,9 @@ class Parts:
 
     def go_on(self, length: int, requests: int, too_long_in_a_row: int) -> None:
         """What was added is left of a search that was so far when it ended."""
-        lines = self._parts.popleft()  # whole, it would be refused again, and that would count
+        lines = list(
+            self._parts.popleft()
+        )  # whole, it would be refused again, and that would count
         self._parts.extendleft(filter(None, (lines[length:], lines[:length])))
         self.requests, self.too_long_in_a_row = requests, too_long_in_a_row
 
@@ -97,12 +99,12 @@ class Parts:
         if self._halved:
             first, other, *rest = self._parts
             after = rest[0] if rest else []
-            self._parts = deque(filter(None, (first, other + after, *rest[1:])))
+            self._parts = deque(filter(None, (first, [*other, *after], *rest[1:])))
             self._halved = False
 
     def _halve(self) -> None:
         """Somewhere in the first part is a bad line."""
-        lines = self._parts[0]
+        lines = list(self._parts[0])
         half = len(lines) // 2
         self._halved = bool(half)
         if half:

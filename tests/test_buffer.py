@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from celery_influx.buffer import Buffer as PythonBuffer
+from celery_influx.buffer import joined
 from celery_influx.speedups import extension
 
 BUFFERS = [PythonBuffer, *([extension.Buffer] if extension else [])]
@@ -340,3 +341,74 @@ def test_a_waiting_line_costs_at_most_150_bytes_beyond_its_own(Buffer: type[Pyth
     tracemalloc.stop()
 
     assert 130 < grown / 50_000 < 130 + 150
+
+
+@both
+def test_what_is_taken_is_joined_and_parts_again_where_it_was_joined(
+    Buffer: type[PythonBuffer],
+) -> None:
+    buffer = Buffer(10, 1_000)
+    put = [b"a", b"", b"b\nc", b"longer than all the others", b"\n", b""]
+
+    buffer.put(put)
+    lines, too_long = buffer.take(10, 25)
+
+    fitting = [line for line in put if len(line) <= 25]
+    assert (list(lines), too_long) == (fitting, 1)
+    assert joined(lines) == joined(list(lines)) == b"\n".join(fitting)
+    assert [lines[number] for number in range(5)] == fitting
+    with pytest.raises(IndexError):
+        lines[5]
+
+
+@both
+def test_lines_of_any_length_come_out_as_they_went_in(Buffer: type[PythonBuffer]) -> None:
+    rng = random.Random(1)
+    lengths = [0, 1, 65_000, 65_503, 65_504, 65_505, 65_506, 65_512, 65_513, 65_536, 300_000]
+    buffer, model = Buffer(1_000, 10_000_000), list[bytes]()
+
+    for _ in range(400):
+        line = bytes([rng.randrange(256)]) * rng.choice([*lengths, *[130] * 30])
+        buffer.put([line])
+        model.append(line)
+        if rng.random() < 0.3:
+            taken, _ = buffer.take(rng.choice([1, 2, 7, 1_000]), 10_000_000)
+            assert list(taken) == model[: len(taken)]
+            del model[: len(taken)]
+    assert buffer.bytes == size(model)
+    assert buffer.take(1_000, 10_000_000) == (model, 0)
+
+
+@both
+def test_of_many_lines_those_that_find_room_are_the_last_ones(Buffer: type[PythonBuffer]) -> None:
+    buffer = Buffer(3_000, 300_000)
+
+    for number in range(20_000):
+        buffer.put([b"%0129d" % number])
+
+    left, _ = buffer.take(20_000, 10_000_000)
+    assert [int(line) for line in left] == list(range(20_000 - 300_000 // 130, 20_000))
+    assert buffer.dropped == 20_000 - len(left)
+
+
+@pytest.mark.parametrize("length", [130, 10_000_000])
+@both
+def test_an_emptied_buffer_gives_back_what_a_burst_took(
+    Buffer: type[PythonBuffer], length: int
+) -> None:
+    buffer = Buffer(100_000, 100_000_000)
+
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(2):
+        for _ in range(30_000_000 // length // 3):
+            buffer.put([bytes(length)])
+        while buffer.take(1_000, 20_000_000)[0]:
+            pass
+        assert tracemalloc.get_traced_memory()[0] - before < 150_000
+    buffer.put([bytes(130)] * 1_000)
+    del buffer
+    left = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+
+    assert left < 10_000
