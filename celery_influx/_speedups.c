@@ -1176,7 +1176,9 @@ typedef struct {
 /* Whether the process lives on after a write to a pipe that nobody reads; -1 with an exception. */
 static int survives(Sender *self)
 {
-    PyObject *handler = PyObject_CallFunction(self->handler_of, "i", SIGPIPE);
+    PyObject *number = PyLong_FromLong(SIGPIPE);
+    PyObject *handler = number == NULL ? NULL : PyObject_CallOneArg(self->handler_of, number);
+    Py_XDECREF(number);
     if (handler == NULL)
         return -1;
     int lives = !PyLong_CheckExact(handler) || PyLong_AsLong(handler) != 0; /* SIG_DFL */
