@@ -415,7 +415,7 @@ typedef struct {
     PyObject *types;         /* FieldTypes' dict of measurement to field to type, or None */
     Stamps *stamps;          /* the clock, where it is one of these; else NULL */
     long long unit;
-    Known known[KNOWN]; /* two where an address leads: a newer one takes the older one's place */
+    Known known[KNOWN]; /* each at one of the two places to which its address leads */
 } Encoder;
 
 static inline int is_known(const Known *known, PyObject *name, int of, PyObject *types)
@@ -423,12 +423,19 @@ static inline int is_known(const Known *known, PyObject *name, int of, PyObject 
     return known->name == name && known->of == of && known->types == types;
 }
 
-/* Where it is, if it is known. */
-static inline Known *place_of(Encoder *self, PyObject *name, int of, PyObject *types)
+static inline Known *place_of(Encoder *self, PyObject *name, PyObject *types, int shift)
 {
     uint64_t address = (uintptr_t)name ^ (uintptr_t)types;
-    Known *two = &self->known[address * 0x9e3779b97f4a7c15 >> 32 & (KNOWN - 2)];
-    return two + is_known(two + 1, name, of, types);
+    return &self->known[address * 0x9e3779b97f4a7c15 >> shift & (KNOWN - 1)];
+}
+#define ONE_PLACE 57
+#define OTHER_PLACE 44
+
+/* Where it is, if it is known; else where it is to be. */
+static inline Known *known_as(Encoder *self, PyObject *name, int of, PyObject *types)
+{
+    Known *other = place_of(self, name, types, OTHER_PLACE);
+    return is_known(other, name, of, types) ? other : place_of(self, name, types, ONE_PLACE);
 }
 
 /* Where there is room for the longest; where it ends. */
@@ -458,6 +465,20 @@ static int put_new_name(Encoder *self, Line *line, PyObject *name, int of)
     return came;
 }
 
+/* Who is there goes to its other place, and from there whoever was, for good: so of few names each
+soon has a place of its own. */
+static void make_way(Encoder *self, Known *known)
+{
+    if (known->name == NULL)
+        return;
+    Known *other = place_of(self, known->name, known->types, OTHER_PLACE);
+    if (other == known)
+        other = place_of(self, known->name, known->types, ONE_PLACE);
+    Py_XDECREF(other->name);
+    Py_XDECREF(other->types);
+    *other = *known;
+}
+
 /* One that is not known, and then is, if it is short. */
 static int put_and_know(
     Encoder *self, Line *line, Known *known, PyObject *name, int of, PyObject *types, PyObject *kind)
@@ -466,9 +487,7 @@ static int put_and_know(
     int came = put_new_name(self, line, name, of);
     Py_ssize_t length = line->length - begin;
     if (came == DONE && length <= (Py_ssize_t)sizeof known->text) {
-        Py_XDECREF(known[1].name);
-        Py_XDECREF(known[1].types);
-        known[1] = known[0];
+        make_way(self, known);
         known->name = Py_NewRef(name);
         known->types = Py_XNewRef(types);
         known->kind = kind;
@@ -481,7 +500,7 @@ static int put_and_know(
 
 static int put_name(Encoder *self, Line *line, PyObject *name, int of)
 {
-    Known *known = place_of(self, name, of, NULL);
+    Known *known = known_as(self, name, of, NULL);
     if (line_room(line, sizeof known->text))
         return BROKEN;
     if (!is_known(known, name, of, NULL))
@@ -519,8 +538,8 @@ static int put_tags(Encoder *self, Line *line, PyObject *tags)
     PyObject *key, *value;
     while (left-- > 0 && PyDict_Next(tags, &place, &key, &value)) {
         Py_ssize_t before = line->length;
-        const Known *name = place_of(self, key, TAG, NULL);
-        const Known *label = place_of(self, value, LABEL, NULL);
+        const Known *name = known_as(self, key, TAG, NULL);
+        const Known *label = known_as(self, value, LABEL, NULL);
         if (line_room(line, 2 + 2 * sizeof name->text))
             return BROKEN;
         if (is_known(name, key, TAG, NULL) && is_known(label, value, LABEL, NULL)) {
@@ -561,7 +580,7 @@ static int put_fields(
         Py_ssize_t before = line->length;
         if (before > MAX_LENGTH)
             return RARE;
-        Known *name = place_of(self, key, FIELD, types);
+        Known *name = known_as(self, key, FIELD, types);
         int known = is_known(name, key, FIELD, types);
         PyObject *given = (PyObject *)Py_TYPE(value);
         if (types == NULL)
