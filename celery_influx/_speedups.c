@@ -1247,15 +1247,6 @@ static PyObject *buffer_grown(Sender *self)
     return none;
 }
 
-/* Takes over the reference. */
-static PyObject *buffer_line(Sender *self, PyObject *line)
-{
-    int wrong = buffer_append(
-        (Buffer *)self->buffer, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line));
-    Py_DECREF(line);
-    return wrong ? NULL : buffer_grown(self);
-}
-
 static PyObject *send_point(PyObject *arg, PyObject *point)
 {
     Sender *self = (Sender *)arg;
@@ -1956,11 +1947,10 @@ static int quick_end(State *state, Run *run)
     if (way.sender == NULL || !put_success(state, &way, run, &line))
         goto done;
     if (way.relay == Py_None) {
-        PyObject *bytes = PyBytes_FromStringAndSize(line.text, line.length);
-        if (bytes == NULL)
+        if (buffer_append((Buffer *)way.sender->buffer, line.text, line.length))
             goto done;
         run->over = 1;
-        PyObject *none = buffer_line(way.sender, bytes);
+        PyObject *none = buffer_grown(way.sender);
         ended = none == NULL ? -1 : 1;
         Py_XDECREF(none);
     } else if (is_open(state->names, &way)) {

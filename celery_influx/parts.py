@@ -38,9 +38,8 @@ class Parts:
 
     def go_on(self, length: int, requests: int, too_long_in_a_row: int) -> None:
         """What was added is left of a search that was so far when it ended."""
-        lines = list(
-            self._parts.popleft()
-        )  # whole, it would be refused again, and that would count
+        # Whole, it would be refused again, and that would count.
+        lines = list(self._parts.popleft())
         self._parts.extendleft(filter(None, (lines[length:], lines[:length])))
         self.requests, self.too_long_in_a_row = requests, too_long_in_a_row
 
