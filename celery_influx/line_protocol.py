@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from decimal import Decimal
 from enum import Enum
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from celery_influx.errors import DecodeError, FieldError, PointError, show, show_caught
 from celery_influx.field_types import FieldTypes
@@ -105,6 +105,11 @@ class _RareError(Exception):
     """This point needs the slow way."""
 
 
+#: Field to its escaped name and, where they are kept, its type.
+_Fields = dict[Any, tuple[str, type | None]]
+_T = TypeVar("_T")
+
+
 class _Cache(dict[Any, str]):
     """Escaped text by name, filled on demand and emptied when full.
 
@@ -142,7 +147,7 @@ def _plain_key(name: str) -> str:
 def _plain_field_key(name: str) -> str:
     if name in _SYSTEM_FIELDS:
         raise _RareError
-    return f",{_plain_key(name)}="
+    return f"{_plain_key(name)}="
 
 
 def _plain_tag(pair: tuple[str, str]) -> str:
@@ -169,36 +174,51 @@ def make_encode(  # noqa: PLR0915 - see its docstring
     measurements = _Cache(_plain_measurement)
     pairs = _Cache(_plain_tag)
     simple = frozenset({int, float, bool})
-    # Escaped measurement and tags by what they were escaped from; only all-str ones are kept, and
-    # nothing that is no str equals one.
-    series: dict[Any, str] = {}
+    # Escaped measurement and tags by what they were escaped from, and what is known of its fields;
+    # only all-str ones are kept, and nothing that is no str equals one.
+    series: dict[Any, tuple[str, _Fields]] = {}
     find_series = series.get
-    names: dict[Any, str] = {}
-    find_name = names.get
-    find_types = types.known.get if types else None
-    escapes, lowest, highest = _STRING_ESCAPES, MIN_INT, MAX_INT
+    # By measurement; without types, all by None.
+    fields_of: dict[str | None, _Fields] = {}
+    kept = 0
+    escapes, lowest, highest, longest = _STRING_ESCAPES, MIN_INT, MAX_INT, MAX_KEY_LENGTH
     first_tick, last_tick = -(-MIN_TIME // unit), MAX_TIME // unit
     try:
         constant_text = "".join(map(_plain_tag, constant.items()))
     except _RareError:
         constant_text = ""
 
-    def name_of(key: Any) -> str:
-        """The escaped name of a field, kept for the next time."""
+    def keep(known: dict[Any, Any], key: Any, value: _T) -> _T:
+        """Keep it for the next time; what somebody still holds of the rest stays true."""
+        nonlocal kept
+        if kept >= 4096:
+            kept = 0
+            fields_of.clear()
+            series.clear()
+        kept += 1
+        known[key] = value
+        return value
+
+    def field_of(measurement: str, key: Any, known: _Fields) -> tuple[str, type | None]:
+        """A field's escaped name and type."""
         if type(key) is not str:
             raise _RareError
-        if len(names) >= 4096:
-            names.clear()
-        names[key] = text = _plain_field_key(key)[1:]
-        return text
+        settled = types.known.get(measurement, {}).get(key) if types else None
+        if types and settled is None:
+            raise _RareError
+        return keep(known, key, (_plain_field_key(key), settled))
 
-    def series_of(measurement: Any, tags: Any) -> str:
+    def series_of(measurement: Any, tags: Any) -> tuple[str, _Fields]:
         """The escaped measurement and tags, kept for the next time where that pays."""
         if type(measurement) is not str:
             raise _RareError
         line = measurements[measurement]
+        whose = measurement if types else None
+        fields = fields_of.get(whose)
+        if fields is None:
+            fields = keep(fields_of, whose, {})
         if tags is None:
-            return f"{line}{constant_text} "
+            return f"{line}{constant_text} ", fields
         if type(tags) is not dict:
             raise _RareError
         tags = tags.copy()  # one state of it, whatever other threads do
@@ -224,8 +244,8 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         if all_str and len(pairs) == seen and len(line) <= 512:
             if len(series) >= 4096:
                 series.clear()
-            series[known] = line
-        return line
+            series[known] = line, fields
+        return line, fields
 
     def encode(point: Point) -> bytes:  # noqa: PLR0915 - see above
         """Ordinary names in ordinary dicts; whatever else it meets goes the slow way."""
@@ -233,22 +253,19 @@ def make_encode(  # noqa: PLR0915 - see its docstring
             measurement, fields, tags, timestamp = point
             if type(fields) is not dict:
                 raise _RareError
-            line = None
+            found = None
             if type(tags) is dict:
-                line = find_series((measurement, *tags.values(), *tags))
-            if line is None:
-                line = series_of(measurement, tags)
-            known = find_types(measurement) if find_types else None
-            if known is None and find_types:
-                raise _RareError
+                found = find_series((measurement, *tags.values(), *tags))
+            line, known = found or series_of(measurement, tags)
             comma = ""
             left_out = 0
             for key, value in fields.items():
-                name = find_name(key)
-                if name is None:
-                    name = name_of(key)
+                try:
+                    name, settled = known[key]
+                except KeyError:
+                    name, settled = field_of(measurement, key, known)
                 kind = type(value)
-                if known is not None and (settled := known.get(key)) is not kind:
+                if settled is not kind and settled is not None:
                     if settled is not float or kind is not int or not lowest <= value <= highest:
                         raise _RareError
                     value, kind = float(value), float
@@ -272,7 +289,8 @@ def make_encode(  # noqa: PLR0915 - see its docstring
                 comma = ","
             if not comma:
                 raise _RareError
-            encoded = line.encode()  # before the clock is asked: it may fail
+            if not line.isascii():
+                line.encode()  # before the clock is asked: it may fail
             if timestamp is None and clock is not None:
                 timestamp = clock()
             if type(timestamp) is int:
@@ -280,10 +298,11 @@ def make_encode(  # noqa: PLR0915 - see its docstring
                     timestamp //= unit
                 if not first_tick <= timestamp <= last_tick:
                     raise _RareError
-                encoded = b"%b %d" % (encoded, timestamp)
+                line = f"{line} {timestamp}"
             elif timestamp is not None:
                 raise _RareError
-            if len(encoded) > MAX_KEY_LENGTH:
+            encoded = line.encode()
+            if len(encoded) > longest:
                 raise _RareError
         # A TypeError: a tag's value that cannot be hashed. A RuntimeError: the dict was changed
         # by another thread meanwhile.

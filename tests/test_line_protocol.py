@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_influx.errors import DecodeError, FieldError, PointError
-from celery_influx.line_protocol import Encoder, encode
+from celery_influx.field_types import FieldTypes, TypeTable
+from celery_influx.line_protocol import Encoder, encode, make_encode
 from celery_influx.line_reader import MAX_TIME, MIN_TIME, decode, parse
 from celery_influx.point import Point, Precision
 from tests.servers import load
@@ -247,6 +248,24 @@ def test_ever_new_names_do_not_fill_the_memory() -> None:
     grown = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert grown < 3_000_000
+
+
+def test_nor_do_they_where_their_types_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FieldTypes, "MOST", 50)
+    types = FieldTypes(TypeTable(), lambda *_: None, lambda *_: None)
+    encode_typed = make_encode({}, 1, None, None, None, types)
+
+    def encode_each(numbers: range) -> None:
+        for number in numbers:
+            for _ in range(2):  # what is kept is kept at the second time
+                encode_typed(Point(f"m{number}", {f"f{number}": 1}, {"k": "v"}))
+
+    encode_each(range(4_200))
+    tracemalloc.start()
+    encode_each(range(4_200, 12_200))
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 5_000_000
 
 
 # -- decode and parse --------------------------------------------------------------------------
