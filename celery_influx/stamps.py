@@ -36,9 +36,13 @@ def python_stamps(slot: int, clock: Callable[[], int] = time.time_ns) -> Stamps:
         nonlocal before
         now = clock()
         now += slot - now % SLOTS
-        # No lock: see `Buffer`. Neither a call nor an `if`: in these lines nobody comes in between.
-        last = before
-        before = now = now + (last + SLOTS - now) * (now <= last) * (last < now + _PUT_BACK)
+        # No lock: see `Buffer`. Where nobody may come in between there is no call; nor, for the
+        # sake of Python 3.10, a jump: where it is late, all is looked at again after it.
+        before = now = (
+            now
+            if not now <= before
+            else now + (before + SLOTS - now) * (now <= before) * (before < now + _PUT_BACK)
+        )
         return now
 
     return stamp
