@@ -37,6 +37,9 @@ class Buffer:
         self.taken = 0
         self.dropped = 0
         self._lines: deque[bytes] = deque()
+        # From so many on `send` does more than to append. Beyond the limits while somebody was
+        # called to take, and has not yet: once is enough.
+        self._due_lines, self._due_bytes = self._wake = max_lines + 1, max_bytes + 1
 
     def put(self, lines: Sequence[bytes]) -> int:
         """Append ``lines``; the number of (oldest) lines dropped for them."""
@@ -71,6 +74,7 @@ class Buffer:
         """
         lines = self._lines
         append = lines.append
+        self._due_lines, self._due_bytes = self._wake = wake_lines, wake_bytes
 
         def send(point: Any) -> None:
             try:
@@ -83,8 +87,13 @@ class Buffer:
             self.bytes += size  # see `put`
             self.put_lines += 1
             append(line)
-            if self.bytes >= wake_bytes or len(lines) >= wake_lines:
-                after_put(self._keep_to_limits())
+            if self.bytes >= self._due_bytes or len(lines) >= self._due_lines:
+                try:
+                    self._due_lines, self._due_bytes = self.max_lines + 1, self.max_bytes + 1
+                    after_put(self._keep_to_limits())
+                except BaseException:
+                    self._due_lines, self._due_bytes = wake_lines, wake_bytes
+                    raise
 
         return send
 
@@ -103,6 +112,7 @@ class Buffer:
         Returns:
             The lines, and how many were discarded because one alone is longer than ``max_bytes``.
         """
+        self._due_lines, self._due_bytes = self._wake
         taken: list[bytes] = []
         too_long = 0
         room = max_bytes + 1
@@ -126,6 +136,7 @@ class Buffer:
 
     def clear(self) -> int:
         """Drop all that waits; the number of lines."""
+        self._due_lines, self._due_bytes = self._wake
         dropped = 0
         for _ in range(len(self._lines)):
             dropped += self._drop()

@@ -412,3 +412,37 @@ def test_an_emptied_buffer_gives_back_what_a_burst_took(
     tracemalloc.stop()
 
     assert left < 10_000
+
+
+def test_who_sends_calls_for_a_batch_once_and_again_after_it_was_taken() -> None:
+    buffer = PythonBuffer(5, 10_000)
+    called: list[int] = []
+    failures: list[Exception] = []
+
+    def call(dropped: int) -> None:
+        called.append(dropped)
+        if failures:
+            raise failures.pop()
+
+    cells = memoryview(bytearray(8)).cast("Q")
+    send = buffer.sender(bytes, cells, 3, 10_000, failures.append, call)
+
+    def put(count: int) -> None:
+        for _ in range(count):
+            send(b"line")
+
+    put(4)
+    assert called == [0]
+    put(3)
+    assert called == [0, 1, 1]  # each that was dropped is told
+    for take in (lambda: buffer.take(10, 10_000), buffer.clear):
+        take()
+        called.clear()
+        put(2)
+        assert called == []
+        failures.append(KeyError("one"))
+        with pytest.raises(KeyError):
+            put(1)
+        put(2)
+        assert called == [0, 0]  # what failed is called again, and then no more
+    assert cells[0] == 17
