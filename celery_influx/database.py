@@ -489,7 +489,7 @@ class Database(_Way):
         return spool
 
     def _quickest(self) -> Callable[[Point], None]:
-        """``_send``, or what does the same in C; that knows no start of a batcher."""
+        """``_send``, or what does the same more quickly; that knows no start of a batcher."""
         buffer, stamps, relay = self._buffer, self.stamps, self._relay
         if not self._enabled:
             return self._send
@@ -504,7 +504,10 @@ class Database(_Way):
                 self._after_put,
             )
         if extension is None or FunctionType in (type(stamps), type(self._encode)):
-            return self._send  # what is Python's has nothing to gain from C
+            # What is Python's has nothing to gain from C.
+            if relay is None:
+                return self._send
+            return relay.sender(self._encode, self._counters, self._reject, self._hand_over)
         quick: Callable[[Point], None]
         if relay:
             quick = extension.relay_sender(

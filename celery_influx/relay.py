@@ -35,8 +35,9 @@ from _signal import getsignal as handler_of  # type: ignore[import-not-found]
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from celery_influx.counters import DROPPED, POINTS
 from celery_influx.runs import Runs
 from celery_influx.speedups import extension
 
@@ -79,6 +80,50 @@ class RelayEnd(NamedTuple):
     put: Callable[[bytes], bool]
     pipe: int
     database: int
+
+    def sender(
+        self,
+        encode: Callable[[Any], bytes],
+        cells: memoryview,
+        reject: Callable[[Exception], None],
+        put: Callable[[bytes], bool],
+    ) -> Callable[[Any], None]:
+        """The quickest way in for a point: a closure, since that is where Python is quickest.
+
+        Args:
+            encode: Gives a point's line.
+            cells: That count it.
+            reject: Called with what ``encode`` raises.
+            put: Called with a line that the pipe does not take at once: counts it, and says
+                whether it took it then.
+        """
+        _, pipe, database = self
+        pack, write = _HEADER.pack, os.write
+        refused = False  # the last one, by ``put``, too: it knows when one gets through again
+
+        def send(point: Any) -> None:
+            nonlocal refused
+            try:
+                line = encode(point)
+            except Exception as error:  # noqa: BLE001 - a user's object may raise anything
+                reject(error)
+                return
+            size = len(line)
+            if refused or size > _LONGEST or handler_of(_SIGPIPE) == _DEFAULT:
+                refused = not put(line)
+                return
+            try:
+                write(pipe, pack(size, LINE, database) + line)
+            except OSError:
+                refused = not put(line)
+            except BaseException:
+                # A soft time limit: nobody can tell whether it came before the write or after it.
+                cells[POINTS], cells[DROPPED] = cells[POINTS] + 1, cells[DROPPED] + 1
+                raise
+            else:
+                cells[POINTS] += 1  # up to here from the write there is no call: see `Buffer`
+
+        return send
 
 
 class Relay:

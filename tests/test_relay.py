@@ -564,13 +564,10 @@ def test_a_long_line_given_up_in_the_middle_is_counted_once_by_the_reader(
     assert sink.lost == [2]
 
 
-@pytest.mark.parametrize("with_extension", [True, False])
-def test_a_database_writes_its_points_and_drops_counts_and_waits_as_the_relay_says(
-    with_extension: bool, relay: Relay, caplog: pytest.LogCaptureFixture
-) -> None:
+def opened(relay: Relay, *, with_extension: bool) -> Database:
+    """A pool child's database."""
     counters = Counters(1)
     database = Database(DatabaseOptions(name="m"), settle=lambda: None)
-    clock = iter(range(10**6))
     with contextlib.nullcontext() if with_extension else python_only():
         database.begin(
             counters.row(0),
@@ -579,6 +576,15 @@ def test_a_database_writes_its_points_and_drops_counts_and_waits_as_the_relay_sa
             {"host": "h"},
             relay.end_for(3),
         )
+    return database
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_database_writes_its_points_and_drops_counts_and_waits_as_the_relay_says(
+    with_extension: bool, relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = opened(relay, with_extension=with_extension)
+    clock = iter(range(10**6))
 
     def send() -> float:
         number = next(clock)
@@ -602,6 +608,53 @@ def test_a_database_writes_its_points_and_drops_counts_and_waits_as_the_relay_sa
     assert account["dropped"] == 3
     assert account["queued"] == account["points"] - 3 > 20
     assert caplog.messages == ["m: dropped a line: the worker did not take it in time"]
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_points_whose_lines_are_as_long_as_a_frame_and_longer_arrive_and_count_once(
+    with_extension: bool, relay: Relay, sink: Sink
+) -> None:
+    database = opened(relay, with_extension=with_extension)
+    head = len(database.encode(Point("m", {"text": ""}, None, 1)))
+    points = [
+        Point("m", {"text": "x" * (length - head)}, None, 1)
+        for length in (*range(4_088, 4_098), 66_000, 50)
+    ]
+
+    for point in points:
+        database.send_data(point)
+
+    relay.start()
+    assert relay.sync(10)
+    assert sink.lines[3] == [database.encode(point) for point in points]
+    account = database.stats()
+    assert (account["points"], account["dropped"]) == (len(points), 0)
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_of_a_soft_time_limit_right_after_the_write_a_point_is_counted_once(
+    with_extension: bool, relay: Relay
+) -> None:
+    class Limit(Exception):
+        pass
+
+    def raise_limit(*_: object) -> None:
+        raise Limit
+
+    def send() -> None:
+        database = opened(relay, with_extension=with_extension)
+        signal.signal(signal.SIGIO, raise_limit)  # which who writes into the pipe brings about
+        fcntl.fcntl(relay._read_fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(relay._read_fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+
+        for number in range(1, 4):
+            with pytest.raises(Limit):
+                database.send_data(Point("m", {"f": 1.5}))
+
+            assert b"m,host=h f=1.5 " in os.read(relay._read_fd, 1_000)
+            assert database.stats()["points"] == number
+
+    assert exit_code(fork(send)) == 0
 
 
 @pytest.mark.parametrize("with_extension", [True, False])
@@ -736,6 +789,26 @@ def test_a_child_that_wants_to_die_of_sigpipe_does_not_die_of_ours() -> None:
     os.close(tell)
     assert os.read(read, 10) == b"alive"
     os.close(read)
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_points_of_a_child_whose_worker_is_gone_are_dropped_whatever_it_makes_of_sigpipe(
+    handler: signal.Handlers, with_extension: bool
+) -> None:
+    def send() -> None:
+        sink = Sink()
+        relay = Relay(sink.deliver, sink.lose, Runs(sink.write))
+        relay.after_fork()  # and so nobody reads
+        database = opened(relay, with_extension=with_extension)
+        signal.signal(signal.SIGPIPE, handler)
+        for length in (10, 10_000, 10):
+            database.send_data(Point("m", {"text": "x" * length}))
+        account = database.stats()
+        assert (account["points"], account["dropped"]) == (3, 3)
+        assert not database.flush()
+
+    assert exit_code(fork(send)) == 0
 
 
 # -- numbers that are somebody else's by now ---------------------------------------------------
