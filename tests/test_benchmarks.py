@@ -39,8 +39,9 @@ def test_send_data_is_measured_beside_every_peer():
     names = " ".join(rows(output))
     for peer in ("celery_influx, Point", "celery_influx, dict", "influxdb-client", "datadog"):
         assert peer in names
-    for ours in ("clock floats, its batcher beside", "clock floats, the call alone"):
-        assert f"celery_influx, Point, {ours}" in names
+    for part in ("the calling thread, its batcher beside", "the call alone"):
+        assert f"`send_data`: CPU of a point, {part}" in names
+    assert "celery_influx, Point, clock floats, the call alone" in names
     for way in ("C", "Python only"):
         assert re.search(
             rf"µs a point for the types of fields, {way}: -?[0-9.]+, bound ≤ 0.3", output
