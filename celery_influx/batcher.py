@@ -325,6 +325,8 @@ class Batcher:
             self._wanted = True  # so that nobody wakes it for the sake of the buffer
             self._sleep(self._doze, delivery.wait)
         self._wanted = False
+        if len(self._buffer):
+            self._wanted = True  # who put it may have wanted to
 
     def _settle(self) -> None:
         delivery = self._delivery

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
@@ -301,6 +302,28 @@ def test_who_puts_lines_into_a_full_buffer_wakes_nobody_while_a_batch_waits_for_
         batcher.wake()
     assert not batcher._doze.acquire(blocking=False)  # nobody has released it
     assert away.attempts == 1
+
+
+def test_lines_of_which_nobody_was_told_meanwhile_go_after_the_batch_that_waited(
+    make, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: list[bytes]) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    away = Away()
+    setup = make(away, spool=tmp_path)
+    batcher, buffer = setup.batcher, setup.buffer
+    buffer.put([b"on disk"])
+    assert batcher.flush(5) is False
+    delivery = batcher._delivery
+    monkeypatch.setattr(delivery._spool, "append", fail)
+    buffer.put([b"held"])
+    batcher.wake()
+    wait_for(lambda: delivery.held and batcher._wanted, 5, "it waits for the next attempt")
+    buffer.put([b"later"])
+    batcher.wake()
+    away.is_back = True
+    wait_for(lambda: len(away.stored) == 3, 10, "all is sent")
 
 
 def test_close_has_one_more_attempt_made_at_once(make) -> None:
