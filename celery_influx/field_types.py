@@ -190,6 +190,8 @@ class FieldTypes:
             return found
         if self._kept >= self.MOST:
             self._kept = 0
+            for fields in list(self.known.values()):
+                fields.clear()  # an encoder may hold on to it
             self.known.clear()
         self._kept += 1
         return self.known.setdefault(measurement, {}).setdefault(field, found)

@@ -268,6 +268,23 @@ def test_nor_do_they_where_their_types_are_kept(monkeypatch: pytest.MonkeyPatch)
     assert grown < 5_000_000
 
 
+def test_what_types_were_kept_and_are_not_any_more_no_encoder_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FieldTypes, "MOST", 200)
+    types = FieldTypes(TypeTable(), lambda *_: None, lambda *_: None)
+    encode_typed = Encoder(types=types).encode
+
+    tracemalloc.start()
+    for number in range(100):
+        names = [f"{number * 200 + each:0300d}" for each in range(200)]
+        for some in (["f"], ["f"], names[:100], names[100:], ["f"], ["f"]):
+            encode_typed(Point("m", dict.fromkeys(some, 1), None))
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 5_000_000
+
+
 # -- decode and parse --------------------------------------------------------------------------
 
 
