@@ -433,17 +433,19 @@ def _on_internal_error(
     Or in between: a soft time limit has come before we heard of the end.
     """
     influx = recorder(sender)
-    if not influx or request.get("is_eager"):
+    if not influx:
         return
     run = None
     if isinstance(exception, SoftTimeLimitExceeded):
-        run = next((run for run in list(_runs.values()) if run.id == task_id), None)
+        # One that was run in place in the midst of another may have its id, and comes last.
+        found = [run for run in list(_runs.values()) if run.id == task_id]
+        run = found[-1] if found else None
     if run:
         _runs.pop(id(run.request), None)
         if not run.over:
-            influx.end_run(run, "FAILURE", type(exception).__name__, *run.stop())
+            _end(run, "FAILURE", exception)
         _ended.append(task_id)
-    elif task_id not in _ended:
+    elif task_id not in _ended and not request.get("is_eager"):
         context = Context(request)
         _write_unstarted(influx, sender.name, context, "FAILURE", exception, context.retries)
 

@@ -20,6 +20,7 @@ from celery import Celery, Task, signals
 from celery.app import trace
 from celery.app.task import Context
 from celery.contrib.testing.worker import start_worker
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.loaders.app import AppLoader
 
 import celery_influx
@@ -521,6 +522,37 @@ def test_a_run_within_a_run_of_the_same_task_and_id_leaves_that_its_own_end(
     found = [point.fields["retries"] for point in points]
     assert found == ([1, 2, 0] if counted else [0])
     assert all(point.fields["runtime"] >= 0.05 for point in points)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_limit_on_the_way_to_the_end_of_a_run_in_place_ends_that_one_alone(
+    receiver: Receiver, counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, influx_eager=counted)
+    celery_influx.install(app)
+    send = signals.task_postrun.send
+
+    def send_or_raise(**said: Any) -> Any:
+        if said["task"].request.is_eager:
+            raise SoftTimeLimitExceeded
+        return send(**said)
+
+    @app.task(shared=False, name="t", bind=True)
+    def task(self: Task) -> int:
+        if not self.request.is_eager:
+            with pytest.raises(SoftTimeLimitExceeded):
+                self.apply(task_id=self.request.id)
+        return 42
+
+    monkeypatch.setattr(trace, "send_postrun", send_or_raise)
+    with working(app):
+        assert task.delay().get(timeout=10) == 42
+        points = receiver.points("celery_task", at_least=1 + counted)
+        assert app.influx.flush(5)
+
+    assert app.influx.stats()["main"]["points"] == len(points)
+    assert [point.tags["state"] for point in points] == ["FAILURE"] * counted + ["SUCCESS"]
+    assert not signals_module._runs
 
 
 def test_nothing_is_kept_of_a_run_after_its_end(receiver: Receiver) -> None:
