@@ -216,7 +216,9 @@ def _on_end(
         if not run.over:
             _end(run, state, retval)
     except Exception:
-        cut_short = not run.over  # `_on_end_again` may get through with it
+        # `_on_end_again` may get through with it, where it is called.
+        connected = any(each is _on_end_again for _, each in signals.task_postrun.receivers)
+        cut_short = not run.over and (connected or quickest is not ordinary)
         raise
     finally:
         if not cut_short:
@@ -291,7 +293,8 @@ def _send_postrun(**said: Any) -> list[Any]:
     except Exception:
         logger.exception("celery_influx: at the end of a run of %s", said.get("sender"))
     if _runs and len(_ours) > 1:
-        _on_end_again(**said)
+        with suppress(Exception):  # logged above
+            _on_end_again(**said)
     return []
 
 
@@ -307,7 +310,10 @@ def _find_ours() -> None:
 def _on_end_again(task: Task[Any, Any], **named: Any) -> None:
     # One that was run in place has ended in the midst of another.
     if _runs and id(task.request) in _runs:
-        _on_end(task, **named)
+        try:
+            _on_end(task, **named)
+        finally:
+            _runs.pop(id(task.request), None)  # nobody comes after this
 
 
 #: As quick as can be here. Both are held to the same tests.

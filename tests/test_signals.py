@@ -24,6 +24,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.loaders.app import AppLoader
 
 import celery_influx
+from celery_influx import ordinary
 from celery_influx import signals as signals_module
 from celery_influx.measurements import CELERY_TASK, STATES
 from celery_influx.signals import HEADER, _eta_ns, _published, guard
@@ -552,6 +553,36 @@ def test_a_limit_on_the_way_to_the_end_of_a_run_in_place_ends_that_one_alone(
 
     assert app.influx.stats()["main"]["points"] == len(points)
     assert [point.tags["state"] for point in points] == ["FAILURE"] * counted + ["SUCCESS"]
+    assert not signals_module._runs
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_what_fails_twice_at_a_runs_end_does_the_task_no_harm_and_is_not_kept(
+    receiver: Receiver, with_extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    influx = celery_influx.install(app)
+    task = giving(app, "t", 42)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trace, "send_postrun", signals.task_postrun.send)
+    monkeypatch.setattr(type(influx), "end_run", fail)
+    if not with_extension:
+        monkeypatch.setattr(signals_module, "quickest", ordinary)
+        guard()
+        end = ordinary.task_end(
+            signals_module._runs, signals_module._on_end, signals_module._on_end_again, print
+        )
+        monkeypatch.setattr(signals_module, "on_task_end", end)
+    try:
+        with working(app):
+            assert task.delay().get(timeout=10) == 42
+    finally:
+        signals.task_postrun.disconnect(dispatch_uid="celery_influx._guard")
+        signals_module._find_ours()
+
     assert not signals_module._runs
 
 
