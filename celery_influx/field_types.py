@@ -125,6 +125,7 @@ class FieldTypes:
     Attributes:
         known: Measurement to field to type: what has not to be asked for again. It only grows,
             until it is emptied, so a part of it that somebody holds stays true.
+        on_emptied: Called when it is; an encoder's, which forgets what it has of it.
     """
 
     #: Beyond it ``known`` begins anew; longer names, together, are never kept.
@@ -140,6 +141,7 @@ class FieldTypes:
         self._on_conflict = on_conflict
         self._on_full = on_full
         self._kept = 0
+        self.on_emptied: Callable[[], None] = lambda: None
         self.known: dict[str, dict[str, type]] = {}
 
     def fit(self, measurement: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -193,5 +195,6 @@ class FieldTypes:
             for fields in list(self.known.values()):
                 fields.clear()  # an encoder may hold on to it
             self.known.clear()
+            self.on_emptied()
         self._kept += 1
         return self.known.setdefault(measurement, {}).setdefault(field, found)

@@ -192,12 +192,19 @@ def make_encode(  # noqa: PLR0915 - see its docstring
         """Keep it for the next time; what somebody still holds of the rest stays true."""
         nonlocal kept
         if kept >= 4096:
-            kept = 0
-            fields_of.clear()
-            series.clear()
+            forget()
         kept += 1
         known[key] = value
         return value
+
+    def forget() -> None:
+        nonlocal kept
+        kept = 0
+        fields_of.clear()
+        series.clear()
+
+    if types:
+        types.on_emptied = forget
 
     def field_of(measurement: str, key: Any, known: _Fields) -> tuple[str, type | None]:
         """A field's escaped name and type."""

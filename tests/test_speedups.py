@@ -114,6 +114,13 @@ def test_no_difference(doubles: bool, portions: int) -> None:
     print(f"{tried:,} tried")
 
 
+def test_there_is_no_difference_where_known_types_are_emptied_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FieldTypes, "MOST", 300)
+    assert differ(20_000, 3) == 20_000
+
+
 def test_a_name_that_no_line_can_have_takes_no_stamp_whatever_was_encoded_before() -> None:
     """Of ten million points one had asked Python's clock once more than C's."""
     pair = Pair(SETTINGS[1])
