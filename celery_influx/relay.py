@@ -114,9 +114,10 @@ class RelayEnd(NamedTuple):
                 return
             try:
                 write(pipe, pack(size, LINE, database) + line)
-            except OSError:
-                refused = not put(line)
-            except BaseException:
+            except BaseException as error:
+                if _is_systems(error):
+                    refused = not put(line)
+                    return
                 # A soft time limit: nobody can tell whether it came before the write or after it.
                 cells[POINTS], cells[DROPPED] = cells[POINTS] + 1, cells[DROPPED] + 1
                 raise
@@ -301,7 +302,9 @@ class Relay:
             return False
         try:
             os.write(self._write_fd, frame)
-        except OSError:
+        except OSError as error:
+            if not _is_systems(error):
+                raise
             return False
         return True
 
@@ -363,8 +366,10 @@ class Relay:
                 until = until or time.monotonic() + patience
                 if self._wait_for_room(until - time.monotonic()):
                     continue  # but another writer may be quicker to use it
-            except OSError:
-                pass  # EPIPE: the worker is gone. EBADF: this process has closed all its files.
+            except OSError as error:
+                # EPIPE: the worker is gone. EBADF: this process has closed all its files.
+                if not _is_systems(error):
+                    raise
             else:
                 self._impatient = False
                 return True
@@ -571,6 +576,11 @@ class Relay:
             found = self._parts.pop(key, None)
             if found:
                 self._guarded(self._lost, found[0])
+
+
+def _is_systems(error: BaseException) -> bool:
+    """Whether a system call failed; a task's own alarm may raise a TimeoutError in here, too."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _alive(pid: int) -> bool:

@@ -21,6 +21,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_influx.counters import Counters
 from celery_influx.database import Database
@@ -631,15 +632,13 @@ def test_points_whose_lines_are_as_long_as_a_frame_and_longer_arrive_and_count_o
     assert (account["points"], account["dropped"]) == (len(points), 0)
 
 
+@pytest.mark.parametrize("limit", [SoftTimeLimitExceeded, TimeoutError])
 @pytest.mark.parametrize("with_extension", [True, False])
-def test_of_a_soft_time_limit_right_after_the_write_a_point_is_counted_once(
-    with_extension: bool, relay: Relay
+def test_of_a_limit_right_after_the_write_a_point_is_counted_once(
+    with_extension: bool, limit: type[Exception], relay: Relay
 ) -> None:
-    class Limit(Exception):
-        pass
-
     def raise_limit(*_: object) -> None:
-        raise Limit
+        raise limit
 
     def send() -> None:
         database = opened(relay, with_extension=with_extension)
@@ -648,7 +647,7 @@ def test_of_a_soft_time_limit_right_after_the_write_a_point_is_counted_once(
         fcntl.fcntl(relay._read_fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
 
         for number in range(1, 4):
-            with pytest.raises(Limit):
+            with pytest.raises(limit):
                 database.send_data(Point("m", {"f": 1.5}))
 
             assert b"m,host=h f=1.5 " in os.read(relay._read_fd, 1_000)
