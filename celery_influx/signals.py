@@ -292,8 +292,7 @@ def _send_postrun(**said: Any) -> list[Any]:
         on_task_end(**said)
     except Exception:
         logger.exception("celery_influx: at the end of a run of %s", said.get("sender"))
-    if _runs and len(_ours) > 1:
-        with suppress(Exception):  # logged above
+        with suppress(Exception):  # it is logged; a soft time limit comes but once
             _on_end_again(**said)
     return []
 
