@@ -145,15 +145,13 @@ def _measure(
 def _table(figures: dict[str, list[Cost]]) -> Table:
     title = "`relay`: CPU of a point, child and worker, encoding taken off"
     table = Table(title, "µs", "ours / this")
-    mine = [cost.total() for cost in figures["celery_influx"]]
+    totals = {name: [cost.total() for cost in costs] for name, costs in figures.items()}
     for name, costs in figures.items():
-        total = [cost.total() for cost in costs]
-        table.add(name, total, ratios(mine, total))
+        table.add(name, totals[name], ratios(totals["celery_influx"], totals[name]))
         table.add(f"{name}: the worker's part", [cost.worker for cost in costs])
-    pipe = [cost.total() for cost in figures["the pipe"]]
     for name, bound in (("celery_influx", 0.7), ("celery_influx, Python only", 1.1)):
-        if name in figures:
-            total = [cost.total() for cost in figures[name]]
-            table.notes.append(verdict(f"µs, {name}", total, bound))
-            table.notes.append(share("of the pipe", total, pipe, bound, PIPE))
+        if name in totals:
+            found, pipe = totals[name], totals["the pipe"]
+            table.notes.append(verdict(f"µs, {name}", found, bound))
+            table.notes.append(share("of the pipe", found, pipe, bound, PIPE))
     return table

@@ -66,11 +66,11 @@ def run(rounds: int = 15, size: int = 20_000) -> None:
         whole = {name: client for name, client in clients.items() if ALONE not in name}
         figures, callers = _measure(whole, rounds, size)
         # A difference of two figures wants them close together in time, and often.
-        alone = {name: client for name, client in clients.items() if _is_compared(name)}
+        alone = {name: client for name, client in clients.items() if ALONE in name or name in CALLS}
         _, calls = _measure(alone, 20 * rounds, max(1, size // 40), unsent)
     sink.stop()
     _table(figures).show()
-    _beside({name: found for name, found in callers.items() if "Point, " in name}).show()
+    _beside(callers).show()
     _alone(calls).show()
 
 
@@ -95,11 +95,6 @@ def _measure(
         {name: found[1:] for name, found in figures.items()},
         {name: found[1:] for name, found in callers.items()},
     )
-
-
-def _is_compared(name: str) -> bool:
-    """Whether it is compared with the call alone."""
-    return ALONE in name or name in CALLS
 
 
 def _floats(size: int) -> dict[str, list[float]]:
@@ -412,7 +407,7 @@ def _beside(figures: dict[str, list[float]]) -> Table:
     title = "`send_data`: CPU of a point, the calling thread, its batcher beside"
     table = Table(title, "µs", "this / short floats")
     for name, found in figures.items():
-        if name.startswith("celery_influx"):
+        if name.startswith("celery_influx, Point"):
             yardstick = figures["celery_influx, Point, short floats"]
             table.add(name, found, ratios(found, yardstick))
     table.notes = [BESIDE_NOTE]

@@ -14,7 +14,6 @@ from typing import Any
 
 from celery import Celery, Task
 
-from celery_influx.runs import start_frame
 from celery_influx.task_points import quick_run_line
 from celery_influx.under_way import Run
 
@@ -79,8 +78,7 @@ def task_init(
                 runs[id(request)] = run
                 relay = influx.quick[1]
                 if relay:
-                    late = bool(task.acks_late)
-                    relay.put_start(start_frame(relay.pid, task_id, now, run.facts, late))
+                    relay.put_start(task_id, now, run.facts, bool(task.acks_late))
                 run.cpu_clock = thread_time_ns()
                 run.clock = perf_counter_ns()
                 begun = True

@@ -28,7 +28,7 @@ from celery_influx.field_types import TypeTable
 from celery_influx.measurements import CELERY_TASK
 from celery_influx.options import Options, load, part_urls
 from celery_influx.relay import Relay
-from celery_influx.runs import Runs, start_frame, verdict_frame
+from celery_influx.runs import Runs, verdict_frame
 from celery_influx.stamps import SLOTS, make_stamps
 from celery_influx.task_points import Facts, point_of, quick_run_line, tags_of
 from celery_influx.timing import Timer
@@ -275,8 +275,7 @@ class Influx:
         if not self._settled:
             self._settle()
         if self._child_relay:
-            pid = self._child_relay.pid
-            self._child_relay.put_start(start_frame(pid, run.id, run.began, run.facts, goes_back))
+            self._child_relay.put_start(run.id, run.began, run.facts, goes_back)
 
     def leave_pool(self) -> None:
         """In a pool child that ends in peace: hand over what the worker could not take before.

@@ -38,8 +38,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from celery_influx.counters import DROPPED, POINTS
-from celery_influx.runs import Runs
+from celery_influx.runs import Runs, start_frame
 from celery_influx.speedups import extension
+from celery_influx.task_points import Facts
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +274,9 @@ class Relay:
         patience = 0.0 if self._impatient else self.PATIENCE
         return self._write(_HEADER.pack(len(body), kind, database) + body, patience)
 
-    def put_start(self, body: bytes) -> None:
+    def put_start(self, run_id: str | None, began: int, facts: Facts, goes_back: bool) -> None:
         """Write that a run starts in this process: a ``runs.start_frame``."""
+        body = start_frame(self.pid, run_id, began, facts, goes_back)
         if len(body) > _SHORT or not self._put_at_once(_HEADER.pack(len(body), START, 0) + body):
             self._put_run(0, body, START)
 

@@ -28,7 +28,7 @@ from celery_influx.database import Database
 from celery_influx.options import DatabaseOptions
 from celery_influx.point import Point
 from celery_influx.relay import END, LINE, SYNC, Relay
-from celery_influx.runs import Runs, start_frame, verdict_frame
+from celery_influx.runs import Runs, verdict_frame
 from celery_influx.speedups import extension
 from celery_influx.stamps import make_stamps
 from celery_influx.task_points import Facts
@@ -84,7 +84,7 @@ def relay(sink: Sink) -> Iterator[Relay]:
 def start(relay: Relay, run_id: str) -> int:
     """Write that a run starts; when, by which it is known."""
     began = time.time_ns()
-    relay.put_start(start_frame(relay.pid, run_id, began, FACTS, False))
+    relay.put_start(run_id, began, FACTS, False)
     return began
 
 
