@@ -334,7 +334,7 @@ def patched(library: str, function: str, **arguments: Any) -> dict[str, Any]:
     return found
 
 
-ROUNDS = 8
+ROUNDS = 3
 
 
 @pytest.mark.alone
@@ -342,27 +342,30 @@ ROUNDS = 8
 def test_a_thousand_greenlets_sending_to_a_slow_server_stall_the_hub_for_less_than_5_ms(
     library: str, slow: Slow
 ) -> None:
-    found = patched(
-        library,
-        "sends",
-        url=f"{slow.url}?flush_interval=0.05&http_timeout=0.4",
-        rounds=ROUNDS,
-        points=2,
-        seconds=0.2,
-    )
+    stalls: dict[bool, list[float]] = {True: [], False: []}
+    # Each kind in processes of its own: what a round leaves to be done would be in the next one's.
+    for enabled in (True, False, False, True):
+        before = slow.lines
+        found = patched(
+            library,
+            "sends",
+            url=f"{slow.url}?flush_interval=0.05&http_timeout=0.4",
+            enabled=enabled,
+            rounds=ROUNDS,
+            points=2,
+            seconds=0.2,
+        )
+        stalls[enabled] += found["stalls"]
+        made = (ROUNDS + 1) * 2 * 1_000 if enabled else 0
+        account, came = found["stats"], slow.lines - before
+        assert account["points"] == made
+        assert sum(account[name] for name in ("sent", "lost", "dropped", "queued")) == made
+        assert account["sent"] == came
+        assert came in (0, made)
 
-    made = ROUNDS * 2 * 1_000
-    account = found["stats"]
-    assert account["points"] == made
-    assert sum(account[name] for name in ("sent", "lost", "dropped", "queued")) == made
-    assert account["sent"] == slow.lines
-    assert slow.lines in (0, made)
     # Of each kind's rounds the one in the middle: the host may take the processors away in any, for
     # up to 8 ms as seen in a process that does nothing, and that is not told in time to take it off.
-    with_points, without = (
-        statistics.median(found["stalls"][kind]) for kind in ("with", "without")
-    )
-    assert with_points - without < 5
+    assert statistics.median(stalls[True]) - statistics.median(stalls[False]) < 5
 
 
 @pytest.mark.once
