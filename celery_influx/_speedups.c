@@ -1593,24 +1593,21 @@ static int make_ordinary(
     PyObject **name = state->names;
     long long now = clock_ns(CLOCK_REALTIME);
     long long last = published(PyDict_GetItemWithError(marks, name[HEADER_NAME]));
-    PyObject *delivery = PyDict_GetItemWithError(marks, name[DELIVERY_INFO]);
-    if (last < 0 || last > now || delivery == NULL || !PyDict_CheckExact(delivery) ||
-        !is_without(marks, name[ETA]) || !is_without(marks, name[RETRIES]) ||
-        !is_without(marks, name[IS_EAGER]) || !is_without(delivery, name[EXCHANGE]))
-        return PyErr_Occurred() ? BROKEN : RARE;
-    PyObject *queue = text_of(delivery, name[ROUTING_KEY]);
-    PyObject *worker = text_of(marks, name[HOSTNAME]);
-    if (queue == NULL || queue == Py_None || worker == NULL)
-        return PyErr_Occurred() ? BROKEN : RARE;
-    /* Memory may be collected in there, and a finaliser of anybody's run. */
-    Py_INCREF(queue);
-    Py_INCREF(worker);
-    PyObject *facts =
-        Py_BuildValue("(OOO)iLOO", task, queue, worker, 0, now - last, Py_None, Py_None);
-    Py_DECREF(queue);
-    Py_DECREF(worker);
+    /* Ours, all three: memory may be collected in here, and a finaliser of anybody's run; and a key
+    that is no plain str may do anything when it is compared. */
+    PyObject *delivery = Py_XNewRef(PyDict_GetItemWithError(marks, name[DELIVERY_INFO]));
+    PyObject *queue = NULL, *worker = NULL, *facts = NULL;
+    if (last >= 0 && last <= now && delivery != NULL && PyDict_CheckExact(delivery) &&
+        is_without(marks, name[ETA]) && is_without(marks, name[RETRIES]) &&
+        is_without(marks, name[IS_EAGER]) && is_without(delivery, name[EXCHANGE]) &&
+        (queue = Py_XNewRef(text_of(delivery, name[ROUTING_KEY]))) != NULL && queue != Py_None &&
+        (worker = Py_XNewRef(text_of(marks, name[HOSTNAME]))) != NULL)
+        facts = Py_BuildValue("(OOO)iLOO", task, queue, worker, 0, now - last, Py_None, Py_None);
+    Py_XDECREF(delivery);
+    Py_XDECREF(queue);
+    Py_XDECREF(worker);
     if (facts == NULL)
-        return BROKEN;
+        return PyErr_Occurred() ? BROKEN : RARE;
     PyObject *given[] = {influx, id, facts};
     *run = make_run(state->run, given, now);
     Py_DECREF(facts);

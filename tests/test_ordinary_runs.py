@@ -357,6 +357,36 @@ def test_a_finaliser_may_change_a_message_while_it_is_read(receiver: Receiver) -
     assert all(queue.startswith(("queue ", "another than ")) for queue in queues)
 
 
+@IN_C
+def test_a_key_of_a_message_may_change_it_when_it_is_compared(receiver: Receiver) -> None:
+    """Its class may be anybody's, where tasks are called in place with headers of their own."""
+    process = Process(receiver, in_child=False)
+    messages: list[dict[str, Any]] = []
+    others: list[dict[str, str]] = []
+
+    class Key(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            if messages:
+                del messages.pop()["delivery_info"]
+                others.extend({"exchange": "", "routing_key": "another's"} for _ in range(100))
+            return str.__eq__(self, other)
+
+    process.influx.start()
+    process.run()
+    hook, stack = process.app.loader.on_task_init, process.task.request_stack
+    request = Context({**ordinary(), Key("eta"): None})
+    messages.append(request.__dict__)
+    stack.push(request)
+    hook("an id", process.task)
+    stack.pop()
+
+    assert len(others) == 100
+    assert _runs.pop(id(request)).facts[0][1] == "celery"
+
+
 def test_no_run_is_written_while_the_plugin_is_not_the_apps(receiver: Receiver) -> None:
     process = Process(receiver, in_child=False)
     influx = process.influx
