@@ -1281,7 +1281,8 @@ static int sender_traverse(Sender *self, visitproc visit, void *arg)
     Py_VISIT(self->send);
     Py_VISIT(self->wake);
     Py_VISIT(self->handler_of);
-    Py_VISIT(self->points.obj);
+    /* Not points.obj: a memoryview that is taken apart together with us, and before, must not be
+    released; and none leads back here. */
     return 0;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import itertools
 import operator
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -479,6 +481,25 @@ def test_a_call_that_fails_is_made_again() -> None:
     way.put(1)
     assert way.called == [0, 0]
     assert way.cells[0] == 4
+
+
+def test_a_way_for_points_and_its_cells_may_be_collected_together_the_cells_first() -> None:
+    class Thing:
+        """Something that can be seen to be gone."""
+
+    cells = memoryview(bytearray(8)).cast("Q")
+    thing = Thing()
+    thing.itself = thing  # type: ignore[attr-defined] # a cycle
+    thing.send = _speedups.sender(  # type: ignore[attr-defined]
+        make_encode({}, 1, _speedups.Stamps(1), None, _speedups),
+        *(_speedups.Buffer(1, 1), cells, 1, 1, len, len),
+    )
+    seen = weakref.ref(thing)
+
+    del cells, thing
+    gc.collect()
+
+    assert seen() is None
 
 
 class Slotted:
