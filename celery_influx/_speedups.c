@@ -977,14 +977,17 @@ static PyObject *buffer_put(Buffer *self, PyObject *lines)
     int wrong = 0;
     for (Py_ssize_t i = 0; i < count && !wrong; i++) {
         PyObject *line = PySequence_Fast_GET_ITEM(found, i);
-        if (PyBytes_CheckExact(line))
-            wrong = buffer_append(self, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line));
-        else {
+        if (!PyBytes_CheckExact(line)) {
             PyErr_SetString(PyExc_TypeError, "expected bytes");
             wrong = 1;
+        } else if (buffer_append(self, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line))) {
+            PyErr_Clear(); /* no memory: no room for it either, and to be counted so */
+            self->put_lines += 1;
+            self->dropped += 1;
+            dropped += 1;
         }
     }
-    dropped = buffer_limit(self);
+    dropped += buffer_limit(self);
     Py_DECREF(found);
     return wrong ? NULL : PyLong_FromSsize_t(dropped);
 }
@@ -997,6 +1000,11 @@ static PyObject *buffer_take(Buffer *self, PyObject *const *args, Py_ssize_t giv
     }
     long long max_lines = PyLong_AsLongLong(args[0]), room = PyLong_AsLongLong(args[1]) + 1;
     if (PyErr_Occurred())
+        return NULL;
+    /* All that is to be had of memory before a line goes; first what may collect some, and so run
+    a finaliser that puts lines. */
+    PyObject *answer = PyTuple_New(2);
+    if (answer == NULL)
         return NULL;
     Piece *piece = self->first;
     Py_ssize_t place = self->start, length, seen = 0, count = 0, size = 0;
@@ -1012,11 +1020,13 @@ static PyObject *buffer_take(Buffer *self, PyObject *const *args, Py_ssize_t giv
     }
     State *state = PyType_GetModuleState(Py_TYPE(self));
     Lines *taken = (Lines *)state->lines->tp_alloc(state->lines, count);
-    if (taken == NULL)
-        return NULL;
-    taken->joined = PyBytes_FromStringAndSize(NULL, size - (size > 0));
-    if (taken->joined == NULL) {
-        Py_DECREF(taken);
+    PyObject *too_long = PyLong_FromSsize_t(seen - count);
+    if (taken != NULL)
+        taken->joined = PyBytes_FromStringAndSize(NULL, size - (size > 0));
+    if (taken == NULL || taken->joined == NULL || too_long == NULL) {
+        Py_XDECREF(taken);
+        Py_XDECREF(too_long);
+        Py_DECREF(answer);
         return NULL;
     }
     char *joined = PyBytes_AS_STRING(taken->joined);
@@ -1036,7 +1046,9 @@ static PyObject *buffer_take(Buffer *self, PyObject *const *args, Py_ssize_t giv
     }
     self->taken += seen;
     self->called = 0;
-    return Py_BuildValue("Nn", taken, seen - count);
+    PyTuple_SET_ITEM(answer, 0, (PyObject *)taken);
+    PyTuple_SET_ITEM(answer, 1, too_long);
+    return answer;
 }
 
 static PyObject *buffer_clear(Buffer *self, PyObject *none)
@@ -1211,7 +1223,7 @@ static int write_line(const Sender *self, const Line *line)
         self->pipe, LINE_FRAME, self->database, "", 0, line->text, line->length);
 }
 
-static PyObject *write_point(Sender *self, const Line *line)
+static PyObject *write_point(Sender *self, const Line *line, PyObject *point)
 {
     int lives = survives(self);
     if (lives < 0)
@@ -1221,8 +1233,12 @@ static PyObject *write_point(Sender *self, const Line *line)
         Py_RETURN_NONE;
     }
     PyObject *bytes = PyBytes_FromStringAndSize(line->text, line->length);
-    PyObject *taken = bytes == NULL ? NULL : PyObject_CallOneArg(self->wake, bytes);
-    Py_XDECREF(bytes);
+    if (bytes == NULL) {
+        PyErr_Clear(); /* no memory: as in send_point */
+        return PyObject_CallOneArg(self->send, point);
+    }
+    PyObject *taken = PyObject_CallOneArg(self->wake, bytes);
+    Py_DECREF(bytes);
     self->refused = taken != Py_True;
     if (taken == NULL)
         return NULL;
@@ -1259,7 +1275,7 @@ static PyObject *send_point(PyObject *arg, PyObject *point)
     int came = put_all(encoder, &line, point, &left_out, &way);
     int quick = came == DONE && !left_out;
     if (quick && self->buffer == NULL) {
-        PyObject *none = write_point(self, &line);
+        PyObject *none = write_point(self, &line, point);
         line_end(&line);
         return none;
     }

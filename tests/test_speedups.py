@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import threading
 import weakref
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,10 @@ from celery_influx.field_types import FieldTypes, TypeTable
 from celery_influx.line_protocol import Encoder, make_encode
 from celery_influx.line_reader import decode
 from celery_influx.point import Point
+from celery_influx.relay import handler_of
 from celery_influx.task_points import point_of, run_line
 from tests.integration.worker import resident_kib
+from tests.no_memory import without_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "celery_influx" / name for name in ("_speedups.c", "_shortest.cpp")]
@@ -481,6 +484,57 @@ def test_a_call_that_fails_is_made_again() -> None:
     way.put(1)
     assert way.called == [0, 0]
     assert way.cells[0] == 4
+
+
+def test_what_cannot_be_taken_for_want_of_memory_stays() -> None:
+    failed = 0
+    for number in range(1, 10):
+        buffer = _speedups.Buffer(1_000, 100_000)
+        buffer.put([b"too long"] * 600 + [b"line"])
+
+        taken = without_memory(number, lambda buffer=buffer: buffer.take(10, 4))
+
+        if isinstance(taken, MemoryError):
+            failed += 1
+            assert (len(buffer), buffer.taken) == (601, 0)
+            taken = buffer.take(10, 4)
+        assert taken == ([b"line"], 600)
+    assert failed
+
+
+def test_a_line_that_finds_no_memory_to_wait_in_is_counted_as_dropped() -> None:
+    lines = [str(number).encode() * 70_000 for number in range(5)]  # each in memory of its own
+    failed = 0
+    for number in range(1, 20):
+        buffer = _speedups.Buffer(3, 1_000_000)
+
+        dropped = without_memory(number, lambda buffer=buffer: buffer.put(lines))
+
+        kept = list(buffer.take(10, 1_000_000)[0])
+        assert dropped == buffer.dropped == 2
+        assert buffer.put_lines == 5
+        assert kept in [[each for each in lines if each != missing][-3:] for missing in lines]
+        failed += kept != lines[2:]
+    assert failed
+
+
+@pytest.mark.parametrize("length", [10, 5_000])
+def test_a_point_for_which_a_pool_child_has_no_memory_goes_the_python_way(length: int) -> None:
+    point = Point("m", {"f": "x" * length})
+    for number in range(1, 20):
+        reader, writer = os.pipe()
+        cells = memoryview(bytearray(8)).cast("Q")
+        python: deque[object] = deque()  # which has memory for some
+        send = _speedups.relay_sender(
+            make_encode({}, 1, _speedups.Stamps(1), None, _speedups),
+            *(writer, 0, cells, python.append, python.append, handler_of),
+        )
+
+        assert without_memory(number, lambda send=send: send(point)) is None
+
+        assert cells[0] + len(python) == 1
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_way_for_points_and_its_cells_may_be_collected_together_the_cells_first() -> None:
