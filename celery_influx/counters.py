@@ -81,7 +81,8 @@ class Counters:
         """Count into row 0 what was counted elsewhere before."""
         row = self.row(database)
         for number, name in enumerate(COUNTERS):
-            row[number] += sums.get(name, 0)
+            count = sums.get(name, 0)
+            row[number] += count  # others count in it meanwhile
 
     def total(self, database: int) -> dict[str, int]:
         """Name to sum over all processes, and ``queued``: what is still on its way."""

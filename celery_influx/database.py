@@ -437,6 +437,8 @@ class Database(_Way):
             # not keep a finaliser that sends a point in the middle of this from starting one.
             if self._batcher is not None or self._closing or self._opening:
                 return
+            if self._encode == self._first_encode:
+                return  # a worker has set out meanwhile, and starts it
             self._opening = True
             try:
                 self._transport = self._transport or open_transport(self.options)
@@ -555,6 +557,29 @@ class Database(_Way):
             self._retired += filter(None, (self._transport, self._spool, self._http))
             self._transport = self._spool = self._http = None
             self._forget()
+
+    def set_out_again(self) -> Callable[[float], dict[str, int]]:
+        """In a process that becomes a worker: ``begin_anew``, while other threads may send.
+
+        Returns:
+            What has the rest of that sent, in so many seconds at the most, and tells the account
+            of all until then.
+        """
+        with self._starting:
+            if self._batcher is None and len(self._buffer):
+                self._start()
+            batcher, account, starting = self._batcher, self._account, self._starting
+            if batcher:
+                self._transport = self._spool = None  # these it closes
+            self.begin_anew()
+            self._starting = starting  # others may wait for it
+
+        def end(timeout: float) -> dict[str, int]:
+            if batcher:
+                batcher.close(timeout)
+            return account()
+
+        return end
 
     def _forget(self) -> None:
         self._accept = self._send

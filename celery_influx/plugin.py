@@ -223,7 +223,6 @@ class Influx:
             ConfigError: The worker must not start.
         """
         self.close()
-        early = self.stats() if self._settled else {}
         databases = self._open()
         relay = None
         self.is_green = pool in ("gevent", "eventlet")
@@ -239,11 +238,14 @@ class Influx:
         ]
         self._worker = _Worker(hostname, counters, types, relay)
         with self._lock:  # a point that comes in between waits, and finds all anew
-            for number, database in enumerate(databases.values()):
-                self._worker.counters.add(number, early.get(database.name, {}))
-                database.begin_anew()
+            before = []
+            if self._settled:
+                before = [database.set_out_again() for database in databases.values()]
             self._settled = False
             self.quick = None
+        deadline = time.monotonic() + self.options.shutdown_timeout
+        for number, end in enumerate(before):
+            counters.add(number, end(max(0.0, deadline - time.monotonic())))
 
     def start(self) -> None:
         """In a worker: start each database's batcher, and the reader of the relay."""

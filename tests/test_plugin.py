@@ -20,8 +20,10 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 import celery_influx
+from celery_influx import plugin
 from celery_influx.counters import COUNTERS
 from celery_influx.errors import ConfigError
+from celery_influx.field_types import TypeTable
 from celery_influx.plugin import find
 from tests.conftest import Receiver, run_python
 from tests.servers import Influxd, free_port, wait_for
@@ -540,3 +542,29 @@ def test_points_sent_before_the_worker_starts_stay_in_its_account(receiver: Rece
     found = influx.stats()["main"]
     assert (found["points"], found["sent"], found["queued"]) == (5, 5, 0)
     assert influx.close()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_points_that_other_threads_send_while_the_worker_sets_out_stay_in_its_account(
+    pool: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def table(**how: bool) -> TypeTable:
+        influx.send_data({"measurement": "m", "fields": {"f": 2}})  # as a thread may, just then
+        return TypeTable(**how)
+
+    app = make_app(influx_databases={"main": f"{receiver.url}&flush_interval=600"})
+    influx = celery_influx.install(app)
+    influx.send_data({"measurement": "m", "fields": {"f": 1}})
+    threads = threading.active_count()
+    monkeypatch.setattr(plugin, "TypeTable", table)
+
+    influx.start_worker("worker@host", pool)
+    influx.start()
+    influx.send_data({"measurement": "m", "fields": {"f": 3}})
+    influx.close()
+
+    points = receiver.points("m", at_least=3)
+    assert [point.fields["f"] for point in points] == [1, 2, 3]
+    found = influx.stats()["main"]
+    assert (found["points"], found["sent"], found["queued"]) == (3, 3, 0)
+    assert threading.active_count() < threads
