@@ -558,6 +558,19 @@ class Database(_Way):
             self._transport = self._spool = self._http = None
             self._forget()
 
+    def _forget(self) -> None:
+        self._accept = self._send
+        self._batcher = None
+        self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
+        self._report = Report(logger)
+        self._unrelayed = 0
+        self._relay = None
+        self._starting = threading.RLock()
+        self._opening = self._closing = False
+        # Replaced by `begin`, at the first point: so a point costs no look at where we are.
+        self._encode = self._first_encode
+        self.heads = {}
+
     def set_out_again(self) -> Callable[[float], dict[str, int]]:
         """In a process that becomes a worker: ``begin_anew``, while other threads may send.
 
@@ -580,19 +593,6 @@ class Database(_Way):
             return account()
 
         return end
-
-    def _forget(self) -> None:
-        self._accept = self._send
-        self._batcher = None
-        self._buffer = make_buffer(self.options.queue_size, self.options.queue_bytes)
-        self._report = Report(logger)
-        self._unrelayed = 0
-        self._relay = None
-        self._starting = threading.RLock()
-        self._opening = self._closing = False
-        # Replaced by `begin`, at the first point: so a point costs no look at where we are.
-        self._encode = self._first_encode
-        self.heads = {}
 
     def _settled(self) -> None:
         if self._encode == self._first_encode:

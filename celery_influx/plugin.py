@@ -258,7 +258,7 @@ class Influx:
     def relayed(self, timeout: float) -> bool:
         """In a worker: wait until all that its children wrote before is in the buffers."""
         relay = self._worker.relay if self._worker and self._worker.is_own() else None
-        return relay.sync(timeout) if relay else True
+        return relay is None or relay.is_at_rest or relay.sync(timeout)
 
     def _take_relayed(self, number: int, lines: list[bytes]) -> None:
         list(self)[number].send_lines(lines)

@@ -185,6 +185,11 @@ class Relay:
         self._reader = threading.Thread(target=self._read, name="celery_influx relay", daemon=True)
         self._reader.start()
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is in it: before there is any child, or since ``close`` delivered all."""
+        return self._read_fd < 0 or not (self._was_started or self._waiting())
+
     def sync(self, timeout: float) -> bool:
         """Wait until all that was written before this call is delivered; whether it came to that.
 

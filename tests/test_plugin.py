@@ -568,3 +568,28 @@ def test_points_that_other_threads_send_while_the_worker_sets_out_stay_in_its_ac
     found = influx.stats()["main"]
     assert (found["points"], found["sent"], found["queued"]) == (3, 3, 0)
     assert threading.active_count() < threads
+
+
+def test_flush_says_true_also_before_the_workers_children_are_there_and_after_its_end(
+    receiver: Receiver,
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url})
+    influx = celery_influx.install(app)
+    answers = []
+
+    def send_and_flush() -> None:
+        influx.send_data({"measurement": "m", "fields": {"f": len(answers)}})
+        answers.append(influx.flush(5))
+
+    influx.start_worker("worker@host", "prefork")
+    send_and_flush()  # as from `celeryd_after_setup`
+    influx.start()
+    send_and_flush()
+    influx.close()
+    send_and_flush()  # as from `worker_shutdown`
+    influx.start_worker("worker@host", "prefork")  # and another step failed
+    influx.close()
+    send_and_flush()
+
+    assert answers == [True] * 4
+    assert len(receiver.points("m", at_least=4)) == 4
