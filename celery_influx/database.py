@@ -116,7 +116,7 @@ class Database(_Way):
         self._spool: Spool | None = None
         self._http: HTTPClient | None = None
         self._batcher: Batcher | None
-        self._unrelayed: int  # lines that the relay did not take since the last flush
+        self._unrelayed: int  # lines that the relay had not taken at the last flush
         self._opening: bool
         self._closing: bool
         self._encode: Callable[[Point], bytes]
@@ -264,8 +264,10 @@ class Database(_Way):
         arrived = self._upstream(timeout) if self._upstream else True
         batcher = self._batcher
         if batcher is None:
-            unrelayed, self._unrelayed = self._unrelayed, 0
-            return arrived and not unrelayed and not len(self._buffer)
+            before = self._unrelayed
+            if self._relay:
+                self._unrelayed = self._counters[DROPPED]
+            return arrived and before == self._unrelayed and not len(self._buffer)
         return batcher.flush(max(0.0, deadline - time.monotonic())) and arrived
 
     def finish(self, deadline: float) -> None:
@@ -408,6 +410,7 @@ class Database(_Way):
         ``types``: those of the fields, where other processes share them.
         """
         self._counters = counters
+        self._unrelayed = counters[DROPPED]  # by the child that had the row before
         self._account = account
         self._relay = relay
         self._put = self._hand_over if relay else self._keep
@@ -656,8 +659,7 @@ class Database(_Way):
         return taken
 
     def say_unrelayed(self) -> None:
-        """A line that was counted as dropped: the next ``flush`` is false, and a warning is due."""
-        self._unrelayed += 1
+        """A line was counted as dropped: a warning is due."""
         self._report.warn(
             "relay", "%s: dropped a line: the worker did not take it in time", self.name
         )

@@ -659,6 +659,38 @@ def test_of_a_limit_right_after_the_write_a_point_is_counted_once(
     assert exit_code(fork(send)) == 0
 
 
+@pytest.mark.parametrize("place", ["right after the write", "while it waits for room"])
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_flush_is_false_after_a_limit_that_has_dropped_a_point(
+    with_extension: bool, place: str, relay: Relay
+) -> None:
+    def raise_limit(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    def send() -> None:
+        database = opened(relay, with_extension=with_extension)
+        database.flush()
+        signal.signal(signal.SIGIO, raise_limit)
+        signal.signal(signal.SIGALRM, raise_limit)
+        if place == "right after the write":
+            fcntl.fcntl(relay._read_fd, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(relay._read_fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+        else:
+            fill(relay)
+            relay.PATIENCE, relay._impatient = 20, False
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+        with pytest.raises(SoftTimeLimitExceeded):
+            database.send_data(Point("m", {"f": 1.5}))
+
+        dropped = database.stats()["dropped"]
+        assert dropped or (with_extension and place == "right after the write")
+        assert database.flush() is not bool(dropped)
+        assert database.flush()
+
+    assert exit_code(fork(send)) == 0
+
+
 @pytest.mark.parametrize("with_extension", [True, False])
 def test_frames_of_all_kinds_cut_anywhere_come_out_whole_and_in_order(
     with_extension: bool, relay: Relay, sink: Sink
