@@ -648,11 +648,13 @@ class Database(_Way):
     def _hand_over(self, line: bytes) -> bool:
         """Count a point, and write its line to the worker; whether that took it."""
         taken, cells = False, self._counters
+        begun: list[bool] = []
         try:
-            taken = self._relay is not None and self._relay.put(line)
+            taken = self._relay is not None and self._relay.put(line, begun=begun)
         finally:
             # A soft time limit may come in there, too. Counted in one statement without a call,
             # for a signal's handler runs only between two.
+            taken = taken or begun != []
             cells[POINTS], cells[DROPPED] = cells[POINTS] + 1, cells[DROPPED] + (not taken)
         if not taken:
             self.say_unrelayed()

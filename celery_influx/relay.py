@@ -73,12 +73,12 @@ class RelayEnd(NamedTuple):
     """What a pool child's database needs of the relay.
 
     Attributes:
-        put: As ``Relay.put``, of a line.
+        put: As ``Relay.put``, of a line; with ``begun``.
         pipe: Number of the file to write frames to.
         database: The number that goes into them.
     """
 
-    put: Callable[[bytes], bool]
+    put: Callable[..., bool]
     pipe: int
     database: int
 
@@ -267,15 +267,18 @@ class Relay:
         """One database's way into the pipe."""
         return RelayEnd(partial(self.put, database), self._write_fd, database)
 
-    def put(self, database: int, body: bytes, kind: int = LINE) -> bool:
+    def put(
+        self, database: int, body: bytes, kind: int = LINE, begun: list[bool] | None = None
+    ) -> bool:
         """Write one line for ``database``, or another ``kind`` of frame; whether it was written.
 
         If it was not, nobody else counts it. Waits at most ``PATIENCE`` seconds where the pipe is
         full, and not at all after something was dropped, until one gets through again. Never
-        raises, whatever became of the worker.
+        raises, whatever became of the worker; but a signal's handler may: if ``begun`` is not
+        empty then, the reader counts the line.
         """
         if len(body) > _LONGEST:
-            return self._put_parts(database, body, kind)
+            return self._put_parts(database, body, kind, begun)
         patience = 0.0 if self._impatient else self.PATIENCE
         return self._write(_HEADER.pack(len(body), kind, database) + body, patience)
 
@@ -343,7 +346,9 @@ class Relay:
         self._owed = b""
         return True
 
-    def _put_parts(self, database: int, body: bytes, kind: int) -> bool:
+    def _put_parts(
+        self, database: int, body: bytes, kind: int, begun: list[bool] | None = None
+    ) -> bool:
         parts = [body[i : i + _LONGEST_PART] for i in range(0, len(body), _LONGEST_PART)]
         if len(parts) > _MOST_PARTS:
             return False
@@ -359,6 +364,8 @@ class Relay:
                     self._put_run(database, body[: _END.size], END)
                 # The reader counts a line that began and did not end.
                 return index > 0
+            if begun is not None:
+                begun.append(True)
         return True
 
     def _write(self, frame: bytes, patience: float) -> bool:

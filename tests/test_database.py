@@ -1311,7 +1311,7 @@ def test_with_a_server_that_hangs_memory_stays_within_the_limit_and_the_caller_i
 
 def test_flush_in_a_pool_child_says_if_the_worker_did_not_take_a_line(make) -> None:
     answers = iter([True, False, True])
-    relay = RelayEnd(lambda line: next(answers), pipe=-1, database=0)
+    relay = RelayEnd(lambda line, begun: next(answers), pipe=-1, database=0)
     counters = Counters(1)
     database = make(
         settle=lambda: database.begin(

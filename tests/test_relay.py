@@ -692,6 +692,33 @@ def test_flush_is_false_after_a_limit_that_has_dropped_a_point(
 
 
 @pytest.mark.parametrize("with_extension", [True, False])
+def test_a_long_line_in_the_middle_of_which_a_limit_comes_is_counted_once(
+    with_extension: bool, relay: Relay, sink: Sink
+) -> None:
+    def raise_limit(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    def send() -> None:
+        database = opened(relay, with_extension=with_extension)
+        signal.signal(signal.SIGALRM, raise_limit)
+        assert fill(relay)[9] == b"9" + b"." * 1_000
+        os.read(relay._read_fd, 10 * 1_005)  # these ten: room for its beginning
+        relay.PATIENCE, relay._impatient = 20, False
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+        with pytest.raises(SoftTimeLimitExceeded):
+            database.send_data(Point("m", {"text": "x" * 60_000}))
+
+        account = database.stats()
+        assert (account["points"], account["dropped"]) == (1, 0)
+
+    assert exit_code(fork(send)) == 0
+    relay.start()
+    assert relay.close(10)
+    assert sink.lost == [3]
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
 def test_frames_of_all_kinds_cut_anywhere_come_out_whole_and_in_order(
     with_extension: bool, relay: Relay, sink: Sink
 ) -> None:

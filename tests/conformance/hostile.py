@@ -151,7 +151,7 @@ def sent(count: int, seed: int) -> Counter[str]:
     reader then must take each line for one point, and the neighbours for what they are.
     """
     lines: list[bytes] = []
-    relay = RelayEnd(lambda line: lines.append(line) is None, -1, 0)
+    relay = RelayEnd(lambda line, begun: lines.append(line) is None, -1, 0)
     counters = Counters(1)
 
     def begin() -> None:
