@@ -50,6 +50,7 @@ class InfluxStep(bootsteps.StartStopStep):
             logger.info("celery_influx is switched off (influx_enabled)")
             return
         self.influx.start()
+        self.influx.run_tasks()
         if self.influx.watches_runs or self.influx.is_green:
             _watch_tasks(parent.consumer)
         _watch_messages(parent.consumer)
@@ -100,7 +101,7 @@ def _on_worker_shutdown(sender: Any = None, **_: Any) -> None:
         # Greenlets may still run, until the process exits; all is sent then, and once.
         our_signals.exit_first()
     elif influx:
-        influx.close()
+        influx.end_worker()
 
 
 # Methods of Celery's own consumer, for which it has no signals, or none that comes for sure. They

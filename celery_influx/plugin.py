@@ -189,6 +189,8 @@ class Influx:
     def close(self, timeout: float | None = None) -> bool:
         """Send what waits everywhere and give all back; whether all went out in time.
 
+        A point sent afterwards opens it again, also one of a worker's child.
+
         Args:
             timeout: Seconds for all databases together; default ``influx_shutdown_timeout``.
         """
@@ -198,9 +200,18 @@ class Influx:
         deadline = time.monotonic() + limit
         relayed = True
         if self._worker and self._worker.is_own():
-            relayed = self._worker.close_relay(limit)
-            self._worker.ends = deadline
+            if self._worker.is_running:
+                relayed = self.relayed(limit)
+            else:
+                relayed = self._worker.close_relay(limit)
+                self._worker.ends = deadline
         return close_all(list(self), deadline) and relayed
+
+    def end_worker(self, timeout: float | None = None) -> bool:
+        """``close``, where tasks have ended; or in any other process."""
+        if self._worker:
+            self._worker.is_running = False
+        return self.close(timeout)
 
     def time_to_exit(self) -> float | None:
         """Seconds that ``close`` has at exit, for points that came after a worker's shutdown."""
@@ -222,7 +233,7 @@ class Influx:
         Raises:
             ConfigError: The worker must not start.
         """
-        self.close()
+        self.end_worker()
         databases = self._open()
         relay = None
         self.is_green = pool in ("gevent", "eventlet")
@@ -254,6 +265,11 @@ class Influx:
                 database.start()
             if self._worker and self._worker.relay:
                 self._worker.relay.start()
+
+    def run_tasks(self) -> None:
+        """In a worker: from now on its children may write, until ``end_worker``."""
+        if self._worker:
+            self._worker.is_running = True
 
     def relayed(self, timeout: float) -> bool:
         """In a worker: wait until all that its children wrote before is in the buffers."""
@@ -475,6 +491,7 @@ class _Worker:
         self.types = types
         self.relay = relay
         self.slot = random.randrange(SLOTS)  # noqa: S311 - of row 0; each row has the next one
+        self.is_running = False
         self.ends: float | None = None  # by `time.monotonic`: when it was to be closed by
         self._pid = os.getpid()
         self._generation = 0
@@ -573,4 +590,4 @@ def _after_fork() -> None:
 def at_exit() -> None:
     """Send what waits."""
     for influx in _installed:
-        influx.close(influx.time_to_exit())
+        influx.end_worker(influx.time_to_exit())

@@ -241,6 +241,21 @@ def test_the_points_of_the_last_tasks_are_sent_when_a_worker_ends(
     assert influxd.count("celery_task", "runtime", database) == expected
 
 
+def test_a_worker_that_is_closed_while_tasks_run_still_takes_their_points(
+    influxd: Influxd, database: str, broker: str, store: redis.Redis, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{influxd.http_port}/{database}?flush_interval=600"
+
+    with Worker(tmp_path, "closing", broker, {"influx_databases": {"metrics": url}}) as worker:
+        publisher(broker).send_task("closing.wait")
+        wait_for(lambda: store.get("begun"), 10)
+        assert worker.stop() == 0
+
+    assert store.get("closed") == "1"
+    assert influxd.count("afterwards", "f", database) == 1
+    assert [row["state"] for row in influxd.rows("celery_task", database)] == ["SUCCESS"]
+
+
 def test_children_that_are_replaced_lose_no_point(
     influxd: Influxd, database: str, broker: str, tmp_path: Path
 ) -> None:
