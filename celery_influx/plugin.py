@@ -301,7 +301,8 @@ class Influx:
         Or send it, in a child that was spawned: ``atexit`` does not run in any of them.
         """
         if self._child_relay:
-            self._child_relay.put_owed(self.options.shutdown_timeout)
+            if not self._child_relay.put_owed(self.options.shutdown_timeout):
+                self._counters[DROPPED] += self._child_relay.forget_owed()
         else:
             self.close()
 

@@ -346,6 +346,16 @@ class Relay:
         self._owed = b""
         return True
 
+    def forget_owed(self) -> int:
+        """Write these no more; how many lines of points go with them."""
+        owed, self._owed = self._owed, b""
+        lines = 0
+        while owed:
+            length, kind, _ = _HEADER.unpack_from(owed)
+            lines += kind == END and length > _END.size
+            owed = owed[_HEADER.size + length :]
+        return lines
+
     def _put_parts(
         self, database: int, body: bytes, kind: int, begun: list[bool] | None = None
     ) -> bool:

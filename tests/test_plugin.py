@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.process import current_process
 from celery import Celery
 from kombu import Exchange, Queue
 
@@ -25,8 +26,11 @@ from celery_influx.counters import COUNTERS
 from celery_influx.errors import ConfigError
 from celery_influx.field_types import TypeTable
 from celery_influx.plugin import find
+from celery_influx.relay import SYNC
+from celery_influx.under_way import make_run
 from tests.conftest import Receiver, run_python
 from tests.servers import Influxd, free_port, wait_for
+from tests.test_relay import exit_code, fork
 
 
 def make_app(name: str = "app", **config: Any) -> Celery:
@@ -593,3 +597,35 @@ def test_flush_says_true_also_before_the_workers_children_are_there_and_after_it
 
     assert answers == [True] * 4
     assert len(receiver.points("m", at_least=4)) == 4
+
+
+def test_a_runs_point_that_the_worker_does_not_take_from_a_child_that_ends_is_counted(
+    receiver: Receiver,
+) -> None:
+    app = make_app(influx_databases={"main": receiver.url}, influx_shutdown_timeout=0.2)
+    influx = celery_influx.install(app)
+    influx.start_worker("worker@host", "prefork")
+    assert influx._worker
+    relay = influx._worker.relay
+    assert relay
+
+    def run_and_end() -> None:
+        current_process().index = 0
+        run = make_run(influx, "id", (("t", "q", None), 0, None, None, None), time.time_ns())
+        influx.start_run(run, goes_back=False)
+        relay.PATIENCE = 0.0
+        while relay.put(0, bytes(4), SYNC):
+            pass
+        influx.end_run(run, "SUCCESS", None, 1, 1)
+        influx.leave_pool()
+
+    assert exit_code(fork(run_and_end)) == 0
+    influx.start()
+    assert influx.close(5)
+
+    # The worker knows of no end but the child's.
+    (point,) = receiver.points("celery_task", at_least=1)
+    assert point.tags
+    assert point.tags["exception"] == "WorkerLostError"
+    found = influx.stats()["main"]
+    assert (found["points"], found["sent"], found["dropped"], found["queued"]) == (2, 1, 1, 0)
