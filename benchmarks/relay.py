@@ -2,12 +2,14 @@
 
 In each round a child is forked that sends points in bursts, as tasks do; the worker reads them in
 its relay's thread. Beside it, the same bytes by bare writes and reads of a pipe: less there cannot
-be. What encoding costs is measured in the same child, and taken off.
+be. What encoding and the pauses cost is measured in the same child, and taken off.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import struct
 import threading
 import time
@@ -38,7 +40,7 @@ PIPE = 0.95
 
 
 class Cost(NamedTuple):
-    """µs of CPU of one point: of the child, of it the encoding; of the worker."""
+    """µs of CPU of one point: of the child, of it encoding and pauses; of the worker."""
 
     child: float
     encoding: float
@@ -67,7 +69,7 @@ def _relayed_by_python(size: int) -> Cost:
 
 
 def _relayed(size: int) -> Cost:
-    buffer = make_buffer(2 * size, 1_000 * size)
+    buffer = make_buffer(4 * size, 1_000 * size)
     relay = Relay(lambda _, lines: buffer.put(lines), lambda _: None, Runs(lambda *_: None))
     relay.start()
 
@@ -80,31 +82,33 @@ def _relayed(size: int) -> Cost:
         return lambda: database.send_data(POINT), lambda: database.encode(POINT)
 
     cost = _measure(set_out, lambda: relay.sync(10), size)
-    assert len(buffer) == size, f"{size} points sent, {len(buffer)} came"
+    assert len(buffer) == 2 * size, f"{2 * size} points sent, {len(buffer)} came"
     relay.close(10)
     return cost
 
 
 def _bare(size: int) -> Cost:
     read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 1_048_576)  # as the relay's
     line = celery_influx.line_protocol.encode(POINT)
     frame = struct.pack("<HBB", len(line), 0, 0) + line
-    came = 0
+    came = threading.Semaphore(0)
 
     def read() -> None:
-        nonlocal came
         room = memoryview(bytearray(262_144))
-        while came < size * len(frame):
-            came += os.readv(read_fd, [room])
-            time.sleep(Relay.NAP)
+        for _ in range(2):
+            missing = size * len(frame)
+            while missing:
+                missing -= os.readv(read_fd, [room])
+                time.sleep(Relay.NAP)
+            came.release()
 
-    reader = threading.Thread(target=read)
-    reader.start()
+    threading.Thread(target=read).start()
 
     def set_out() -> tuple[Callable[[], object], Callable[[], object]]:
         return lambda: os.write(write_fd, frame), lambda: None
 
-    cost = _measure(set_out, reader.join, size)
+    cost = _measure(set_out, came.acquire, size)
     os.close(read_fd)
     os.close(write_fd)
     return cost
@@ -115,31 +119,48 @@ def _measure(
     read_all: Callable[[], object],
     size: int,
 ) -> Cost:
-    """Fork a child that does the first of the two calls, ``size`` times, and then the second."""
-    read_fd, write_fd = os.pipe()
-    before = time.process_time()
+    """Fork a child that does the second of the two calls, ``size`` times, and then the first.
+
+    All of it twice, and the second time counts: a fork, and the first touch of memory after it,
+    is not what a point costs a pool's child, which lives on.
+    """
+    orders_fd, order_fd = os.pipe()
+    costs_fd, cost_fd = os.pipe()
     child = os.fork()
     if not child:
         try:
-            send, encode = set_out()
-            costs = []
-            for call, pause in ((send, PAUSE), (encode, 0)):
-                began = time.process_time()
-                for number in range(size):
-                    call()
-                    if pause and number % BURST == 0:
-                        time.sleep(pause)
-                costs.append(time.process_time() - began)
-            os.write(write_fd, struct.pack("dd", *costs))
+            calls = set_out()
+            while True:
+                (number,) = os.read(orders_fd, 1)
+                os.write(cost_fd, struct.pack("d", _repeat(calls[number], size)))
         finally:
-            os._exit(0)
+            os._exit(1)
+
+    def order(number: int) -> float:
+        os.write(order_fd, bytes([number]))
+        return struct.unpack("d", os.read(costs_fd, 8))[0] / size * 1e6
+
+    for _ in range(2):
+        encoding = order(1)
+        before = time.process_time()
+        sending = order(0)
+        read_all()
+        worker = (time.process_time() - before) / size * 1e6
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    read_all()
-    worker = time.process_time() - before
-    sending, encoding = struct.unpack("dd", os.read(read_fd, 16))
-    os.close(read_fd)
-    os.close(write_fd)
-    return Cost(*(seconds / size * 1e6 for seconds in (sending, encoding, worker)))
+    for fd in (orders_fd, order_fd, costs_fd, cost_fd):
+        os.close(fd)
+    return Cost(sending, encoding, worker)
+
+
+def _repeat(call: Callable[[], object], size: int) -> float:
+    """Seconds of CPU."""
+    began = time.process_time()
+    for number in range(size):
+        call()
+        if number % BURST == 0:
+            time.sleep(PAUSE)
+    return time.process_time() - began
 
 
 def _table(figures: dict[str, list[Cost]]) -> Table:
