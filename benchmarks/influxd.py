@@ -3,7 +3,8 @@
 Lines are encoded before the clock starts and then queued, in portions: measured is the way from
 the buffer to the server's last answer, and that every line is stored. influxd works on the same
 machine and wants most of it: so beside it, request bodies that were made before, by the standard
-library's own client on one connection, which is as fast as influxd takes them.
+library's own client on one connection, which is as fast as influxd takes them. Tags are in the
+order of their names, since influxd sorts those of each line that are not.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _lines(measurement: str, size: int) -> Iterator[list[bytes]]:
                 Point(
                     measurement,
                     {"runtime": (i * 7919 % 10_007) / 1e4, "size": i, "note": "ok"},
-                    {"path": f"/shop/{i % 16}", "method": "GET", "status": "200", "zone": "eu"},
+                    {"method": "GET", "path": f"/shop/{i % 16}", "status": "200", "zone": "eu"},
                     first + i * 1_000,
                 )
             )
