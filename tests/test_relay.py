@@ -659,14 +659,16 @@ def test_of_a_limit_right_after_the_write_a_point_is_counted_once(
     assert exit_code(fork(send)) == 0
 
 
+def raise_limit(*_: object) -> None:
+    """A signal's handler, as Celery's is."""
+    raise SoftTimeLimitExceeded
+
+
 @pytest.mark.parametrize("place", ["right after the write", "while it waits for room"])
 @pytest.mark.parametrize("with_extension", [True, False])
 def test_flush_is_false_after_a_limit_that_has_dropped_a_point(
     with_extension: bool, place: str, relay: Relay
 ) -> None:
-    def raise_limit(*_: object) -> None:
-        raise SoftTimeLimitExceeded
-
     def send() -> None:
         database = opened(relay, with_extension=with_extension)
         database.flush()
@@ -695,9 +697,6 @@ def test_flush_is_false_after_a_limit_that_has_dropped_a_point(
 def test_a_long_line_in_the_middle_of_which_a_limit_comes_is_counted_once(
     with_extension: bool, relay: Relay, sink: Sink
 ) -> None:
-    def raise_limit(*_: object) -> None:
-        raise SoftTimeLimitExceeded
-
     def send() -> None:
         database = opened(relay, with_extension=with_extension)
         signal.signal(signal.SIGALRM, raise_limit)
